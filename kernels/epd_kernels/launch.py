@@ -1,0 +1,89 @@
+"""Where Triton runs, what the device is, and how each kernel is launched on it.
+
+Triton is optional. Without it (or on CPU tensors) every op takes its torch reference; with
+`TRITON_INTERPRET=1` in the environment before the first import, the kernels run on CPU tensors,
+which is how the tests exercise them without a GPU.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:
+    triton = tl = None
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+__all__ = ["INTERPRETED", "AttentionConfig", "DeviceFacts", "attention_config", "device_facts",
+           "jit", "next_power_of_2", "row_warps", "tl"]  # fmt: skip
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def jit(kernel: Callable[..., Any]) -> Any:
+    """The compiled (or interpreted) kernel; the function itself on a host without Triton."""
+    return kernel if triton is None else triton.jit(kernel)
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceFacts:
+    """What launch decisions depend on. `arch` is 90 for compute capability 9.0, 0 for a CPU."""
+
+    arch: int
+    num_sms: int
+
+
+@cache
+def device_facts(device: torch.device) -> DeviceFacts:
+    """Facts of `device`, asked once; a CPU looks like a GPU of four multiprocessors."""
+    if device.type != "cuda":
+        return DeviceFacts(arch=0, num_sms=4)
+    properties = torch.cuda.get_device_properties(device)
+    return DeviceFacts(properties.major * 10 + properties.minor, properties.multi_processor_count)
+
+
+def next_power_of_2(n: int) -> int:
+    """The least power of two that is at least `n` (and at least 1)."""
+    return 1 << max(n - 1, 0).bit_length()
+
+
+def row_warps(width: int) -> int:
+    """Warps for a kernel that keeps one row of `width` elements in registers."""
+    return min(max(next_power_of_2(width) // 512, 1), 16)
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionConfig:
+    """Tile rows, KV positions per step, warps and pipeline stages of an attention kernel."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+
+def attention_config(
+    device: torch.device, *, head_dim: int, rows: int, decode: bool
+) -> AttentionConfig:
+    """The launch configuration for `rows` (query, head) pairs per tile.
+
+    The tensor cores want at least 16 rows; a tile never holds fewer than one query's head group.
+    """
+    if INTERPRETED:
+        return AttentionConfig(max(16, next_power_of_2(rows)), 32, 4, 1)
+    wide = head_dim > 64
+    if decode:
+        return AttentionConfig(max(16, next_power_of_2(rows)), 64, 4, 3)
+    arch = device_facts(device).arch
+    if arch >= 90:
+        return AttentionConfig(max(128, next_power_of_2(rows)), 64, 8 if wide else 4, 3)
+    return AttentionConfig(max(64, next_power_of_2(rows)), 32 if wide else 64, 4, 2)

@@ -1,0 +1,305 @@
+"""Causal attention of packed queries over a paged KV cache, grouped-query heads.
+
+Sequence s owns queries cu_seqlens_q[s] : cu_seqlens_q[s + 1] (q_len of them, packed) and KV
+positions 0 .. seq_lens[s] - 1, position p living in row p % block_size of block
+block_tables[s, p // block_size]. The queries are the last q_len positions, so query i sees
+
+    p <= seq_len - q_len + i          (nothing when that is negative: the output row is zero)
+
+and, head h reading KV head h // (num_heads / num_kv_heads),
+
+    out_i = sum_p softmax_p(scale * q_i . k_p) v_p
+
+The kernels keep the running maximum m, sum l and unnormalised output of the online softmax
+(Milakov and Gimelshein, arXiv 1805.02867; FlashAttention, arXiv 2205.14135) in fp32. A tile's rows
+are (query, head) pairs of one KV head, so each key is read once per head group. Decoding splits
+the positions of a sequence over several programs and merges their (m, l, out) afterwards
+(flash-decoding): with M = max_j m_j,
+
+    out = sum_j 2^(m_j - M) out_j / sum_j 2^(m_j - M) l_j
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+from .launch import attention_config, device_facts, jit, next_power_of_2, tl
+
+__all__ = ["paged_attention", "paged_attention_ref"]
+
+_LOG2_E = 1.4426950408889634
+_MIN_SPLIT = 512  # positions; a shorter split costs more in merging than it gains in parallelism
+
+
+def paged_attention(
+    q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, *,
+    block_tables: torch.Tensor, cu_seqlens_q: torch.Tensor, seq_lens: torch.Tensor,
+    scale: float, max_seqlen_q: int, max_seqlen_k: int,
+) -> torch.Tensor:  # fmt: skip
+    """Attention output `[T, num_heads, head_dim]` of `q` of the same shape.
+
+    Caches are `[num_blocks, block_size, num_kv_heads, head_dim]`; `block_tables` int32
+    `[S, max_blocks]` (entries past a sequence's length are never followed), `cu_seqlens_q` int32
+    `[S + 1]` ending in T, `seq_lens` int32 `[S]` counting this step's queries. `max_seqlen_q` and
+    `max_seqlen_k` are upper bounds known to the host, which fix the launch: nothing else about
+    the lengths is read there. A padding row of a fixed-size batch is a sequence of `seq_len` 0.
+    """
+    run = paged_attention_triton if q.is_cuda else paged_attention_ref
+    return run(
+        q, k_cache, v_cache, block_tables=block_tables, cu_seqlens_q=cu_seqlens_q,
+        seq_lens=seq_lens, scale=scale, max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k,
+    )  # fmt: skip
+
+
+def paged_attention_ref(
+    q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, *,
+    block_tables: torch.Tensor, cu_seqlens_q: torch.Tensor, seq_lens: torch.Tensor,
+    scale: float, max_seqlen_q: int, max_seqlen_k: int,
+) -> torch.Tensor:  # fmt: skip
+    """`paged_attention` in torch: one padded SDPA for a decode batch, else one per sequence."""
+    if max_seqlen_q == 1 and len(q) == len(seq_lens):
+        return _decode_ref(q, k_cache, v_cache, block_tables, seq_lens, scale)
+    out = torch.zeros_like(q)
+    bounds, lengths = cu_seqlens_q.tolist(), seq_lens.tolist()
+    for s, length in enumerate(lengths):
+        start, end = bounds[s], bounds[s + 1]
+        if length and end > start:
+            out[start:end] = _prefill_ref(
+                q[start:end], _gather(k_cache, block_tables[s], length),
+                _gather(v_cache, block_tables[s], length), scale,
+            )  # fmt: skip
+    return out
+
+
+def _gather(cache: torch.Tensor, table: torch.Tensor, length: int) -> torch.Tensor:
+    """`[length, Hkv, D]`: the rows of one sequence in order."""
+    num_blocks = -(-length // cache.shape[1])
+    return cache[table[:num_blocks].long()].flatten(0, 1)[:length]
+
+
+def _prefill_ref(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
+    """One sequence: `q [q_len, H, D]` over `k`, `v` `[seq_len, Hkv, D]`, batched by KV head."""
+    q_len, kv_heads = len(q), k.shape[1]
+    group = q.shape[1] // kv_heads
+    hidden = max(q_len - len(k), 0)  # queries before position 0 see nothing
+    grouped = q.reshape(q_len, kv_heads, group, -1).permute(1, 2, 0, 3)[:, :, hidden:]
+    k = k.transpose(0, 1).unsqueeze(1).expand(-1, group, -1, -1)
+    v = v.transpose(0, 1).unsqueeze(1).expand(-1, group, -1, -1)
+    rows = q_len - hidden
+    mask = None
+    if 1 < rows < k.shape[2]:
+        mask = torch.ones(rows, k.shape[2], dtype=torch.bool, device=q.device)
+        mask = mask.tril(k.shape[2] - rows)
+    out = functional.scaled_dot_product_attention(
+        grouped, k, v, attn_mask=mask, is_causal=rows == k.shape[2], scale=scale
+    )
+    out = functional.pad(out, (0, 0, hidden, 0))
+    return out.permute(2, 0, 1, 3).flatten(1, 2)
+
+
+def _decode_ref(
+    q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, block_tables: torch.Tensor,
+    seq_lens: torch.Tensor, scale: float,
+) -> torch.Tensor:  # fmt: skip
+    """One query per sequence: the head group plays the part of the query axis."""
+    num_seqs, block_size, kv_heads = len(q), k_cache.shape[1], k_cache.shape[2]
+    num_blocks = -(-int(seq_lens.max()) // block_size) if num_seqs else 0
+    if not num_blocks:
+        return torch.zeros_like(q)
+    position = torch.arange(num_blocks * block_size, device=q.device)
+    seen = position < seq_lens[:, None]
+    table = block_tables[:, :num_blocks].long() * seen[:, ::block_size]
+    unseen = ~seen[:, :, None, None]
+    k = k_cache[table].flatten(1, 2).masked_fill_(unseen, 0).transpose(1, 2)
+    v = v_cache[table].flatten(1, 2).masked_fill_(unseen, 0).transpose(1, 2)
+    grouped = q.reshape(num_seqs, kv_heads, -1, q.shape[-1])
+    out = functional.scaled_dot_product_attention(
+        grouped, k, v, attn_mask=seen[:, None, None], scale=scale
+    )
+    return out.flatten(1, 2).masked_fill_((seq_lens == 0)[:, None, None], 0)
+
+
+@jit
+def _attend(
+    b_q: Any, o_limit: Any, table: Any, k_cache: Any, v_cache: Any, stride_block: Any,
+    stride_row: Any, scale_log2: Any, start: Any, end: Any, block_size: Any,
+    D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+) -> Any:  # fmt: skip
+    """(m, l, out) of rows `b_q` over positions [start, end), row r seeing p <= o_limit[r].
+
+    m is in base-2 units; a row that saw nothing has m = -inf, l = 0, out = 0.
+    """
+    o_d = tl.arange(0, BLOCK_D)
+    b_m = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    b_l = tl.zeros((BLOCK_M,), tl.float32)
+    b_o = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    for i_n in range(start, end, BLOCK_N):
+        o_n = i_n + tl.arange(0, BLOCK_N)
+        m_n = o_n < end
+        block = tl.load(table + o_n // block_size, mask=m_n, other=0).to(tl.int64)
+        o_kv = block * stride_block + (o_n % block_size) * stride_row
+        m_kv = m_n[:, None] & (o_d < D)[None, :]
+        b_k = tl.load(k_cache + o_kv[:, None] + o_d[None, :], mask=m_kv, other=0.0)
+        b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee") * scale_log2
+        b_s = tl.where(m_n[None, :] & (o_n[None, :] <= o_limit[:, None]), b_s, float("-inf"))
+        b_m_next = tl.maximum(b_m, tl.max(b_s, axis=1))
+        b_base = tl.where(b_m_next == float("-inf"), 0.0, b_m_next)  # -inf - -inf would be NaN
+        b_p = tl.exp2(b_s - b_base[:, None])
+        b_decay = tl.exp2(b_m - b_base)
+        b_v = tl.load(v_cache + o_kv[:, None] + o_d[None, :], mask=m_kv, other=0.0)
+        b_l = b_l * b_decay + tl.sum(b_p, axis=1)
+        b_o = b_o * b_decay[:, None]
+        b_o += tl.dot(b_p.to(b_v.dtype), b_v, input_precision="ieee")
+        b_m = b_m_next
+    return b_m, b_l, b_o
+
+
+@jit
+def _prefill_kernel(
+    q: Any, k_cache: Any, v_cache: Any, out: Any, block_tables: Any, cu_seqlens_q: Any,
+    seq_lens: Any, scale_log2: Any, q_stride_t: Any, q_stride_h: Any, stride_block: Any,
+    stride_row: Any, stride_head: Any, table_stride: Any, block_size: Any,
+    GROUP: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+) -> None:  # fmt: skip
+    """BLOCK_M // GROUP queries of one sequence and KV head; row r is query r // GROUP."""
+    TILE: tl.constexpr = BLOCK_M // GROUP
+    # the last queries see most: start them first
+    i_q = (tl.num_programs(0) - 1 - tl.program_id(0)) * TILE
+    i_h, i_s = tl.program_id(1), tl.program_id(2)
+    q_start = tl.load(cu_seqlens_q + i_s)
+    q_len = tl.load(cu_seqlens_q + i_s + 1) - q_start
+    if i_q < q_len:
+        seq_len = tl.load(seq_lens + i_s)
+        o_r, o_d = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
+        o_q = i_q + o_r // GROUP
+        m_q = ((o_q < q_len) & (o_r < TILE * GROUP))[:, None] & (o_d < D)[None, :]
+        o_t = (q_start + o_q).to(tl.int64)[:, None]
+        o_h = (i_h * GROUP + o_r % GROUP)[:, None]
+        b_q = tl.load(q + o_t * q_stride_t + o_h * q_stride_h + o_d[None, :], mask=m_q, other=0.0)
+        end = tl.minimum(seq_len - q_len + i_q + TILE, seq_len)
+        _, b_l, b_o = _attend(
+            b_q, seq_len - q_len + o_q, block_tables + i_s.to(tl.int64) * table_stride,
+            k_cache + i_h * stride_head, v_cache + i_h * stride_head, stride_block, stride_row,
+            scale_log2, 0, end, block_size, D, BLOCK_M, BLOCK_N, BLOCK_D,
+        )  # fmt: skip
+        b_o = b_o / tl.where(b_l == 0.0, 1.0, b_l)[:, None]
+        heads = tl.num_programs(1) * GROUP
+        o_out = (o_t * heads + o_h) * D + o_d[None, :]
+        tl.store(out + o_out, b_o.to(out.dtype.element_ty), mask=m_q)
+
+
+@jit
+def _decode_kernel(
+    q: Any, k_cache: Any, v_cache: Any, out: Any, partial: Any, stats: Any, block_tables: Any,
+    cu_seqlens_q: Any, seq_lens: Any, scale_log2: Any, q_stride_t: Any, q_stride_h: Any,
+    stride_block: Any, stride_row: Any, stride_head: Any, table_stride: Any, block_size: Any,
+    GROUP: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr, SPLITS: tl.constexpr,
+) -> None:  # fmt: skip
+    """One split of one sequence and KV head; row r is query head r of the group.
+
+    A single split writes `out`; several write unnormalised `partial [T, H, SPLITS, D]` and
+    `stats [T, H, SPLITS, 2]` = (m, l).
+    """
+    i_s, i_h, i_split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    i_t = tl.load(cu_seqlens_q + i_s).to(tl.int64)
+    if tl.load(cu_seqlens_q + i_s + 1) > i_t:
+        seq_len = tl.load(seq_lens + i_s)
+        chunk = tl.cdiv(tl.cdiv(seq_len, SPLITS), BLOCK_N) * BLOCK_N
+        start = i_split * chunk
+        end = tl.minimum(start + chunk, seq_len)
+        o_r, o_d = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
+        m_q = (o_r < GROUP)[:, None] & (o_d < D)[None, :]
+        o_h = i_h * GROUP + o_r
+        o_q = i_t * q_stride_t + o_h[:, None] * q_stride_h + o_d[None, :]
+        b_m, b_l, b_o = _attend(
+            tl.load(q + o_q, mask=m_q, other=0.0), tl.zeros((BLOCK_M,), tl.int32) + (seq_len - 1),
+            block_tables + i_s.to(tl.int64) * table_stride, k_cache + i_h * stride_head,
+            v_cache + i_h * stride_head, stride_block, stride_row, scale_log2, start, end,
+            block_size, D, BLOCK_M, BLOCK_N, BLOCK_D,
+        )  # fmt: skip
+        o_row = (i_t * (tl.num_programs(1) * GROUP) + o_h) * SPLITS + i_split
+        if SPLITS == 1:
+            b_o = b_o / tl.where(b_l == 0.0, 1.0, b_l)[:, None]
+            p_out = out + o_row[:, None] * D + o_d[None, :]
+            tl.store(p_out, b_o.to(out.dtype.element_ty), mask=m_q)
+        else:
+            tl.store(partial + o_row[:, None] * D + o_d[None, :], b_o, mask=m_q)
+            tl.store(stats + o_row * 2, b_m, mask=o_r < GROUP)
+            tl.store(stats + o_row * 2 + 1, b_l, mask=o_r < GROUP)
+
+
+@jit
+def _combine_kernel(
+    partial: Any, stats: Any, out: Any, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    SPLITS: tl.constexpr, BLOCK_S: tl.constexpr,
+) -> None:  # fmt: skip
+    """Merge the splits of one (token, head)."""
+    i_row = tl.program_id(0).to(tl.int64)
+    o_s, o_d = tl.arange(0, BLOCK_S), tl.arange(0, BLOCK_D)
+    m_s = o_s < SPLITS
+    p_stats = stats + (i_row * SPLITS + o_s) * 2
+    b_m = tl.load(p_stats, mask=m_s, other=float("-inf"))
+    b_l = tl.load(p_stats + 1, mask=m_s, other=0.0)
+    top = tl.max(b_m, axis=0)
+    b_w = tl.exp2(b_m - tl.where(top == float("-inf"), 0.0, top))
+    m_o = m_s[:, None] & (o_d < D)[None, :]
+    p_o = partial + (i_row * SPLITS + o_s)[:, None] * D + o_d[None, :]
+    b_o = tl.sum(tl.load(p_o, mask=m_o, other=0.0) * b_w[:, None], axis=0)
+    total = tl.sum(b_l * b_w, axis=0)
+    b_o = b_o / tl.where(total == 0.0, 1.0, total)
+    tl.store(out + i_row * D + o_d, b_o.to(out.dtype.element_ty), mask=o_d < D)
+
+
+def paged_attention_triton(
+    q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, *,
+    block_tables: torch.Tensor, cu_seqlens_q: torch.Tensor, seq_lens: torch.Tensor,
+    scale: float, max_seqlen_q: int, max_seqlen_k: int,
+) -> torch.Tensor:  # fmt: skip
+    """`paged_attention` on the device of `q`: the decode kernels when every q_len is at most 1."""
+    tokens, heads, dim = q.shape
+    block_size, kv_heads = k_cache.shape[1], k_cache.shape[2]
+    assert heads % kv_heads == 0 and k_cache.shape == v_cache.shape and dim == k_cache.shape[3]
+    assert k_cache.stride() == v_cache.stride() and q.stride(-1) == k_cache.stride(-1) == 1
+    assert block_tables.stride(-1) == 1
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    if not tokens:
+        return out
+    strides = (q.stride(0), q.stride(1), *k_cache.stride()[:3], block_tables.stride(0), block_size)
+    group, num_seqs = heads // kv_heads, len(seq_lens)
+    config = attention_config(q.device, head_dim=dim, rows=group, decode=max_seqlen_q == 1)
+    options: dict[str, Any] = {
+        "GROUP": group, "D": dim, "BLOCK_M": config.block_m, "BLOCK_N": config.block_n,
+        "BLOCK_D": max(16, next_power_of_2(dim)), "num_warps": config.num_warps,
+        "num_stages": config.num_stages,
+    }  # fmt: skip
+    lengths = (block_tables, cu_seqlens_q, seq_lens, scale * _LOG2_E)
+    if max_seqlen_q > 1:
+        tiles = -(-max_seqlen_q // (config.block_m // group))
+        _prefill_kernel[(tiles, kv_heads, num_seqs)](
+            q, k_cache, v_cache, out, *lengths, *strides, **options
+        )
+        return out
+    splits = num_splits(q.device, num_seqs * kv_heads, max_seqlen_k)
+    rows = tokens * heads * splits if splits > 1 else 0
+    partial = torch.empty(rows, dim, dtype=torch.float32, device=q.device)
+    stats = torch.empty(rows, 2, dtype=torch.float32, device=q.device)
+    _decode_kernel[(num_seqs, kv_heads, splits)](
+        q, k_cache, v_cache, out, partial, stats, *lengths, *strides, SPLITS=splits, **options
+    )
+    if splits > 1:
+        _combine_kernel[(tokens * heads,)](
+            partial, stats, out, D=dim, BLOCK_D=options["BLOCK_D"], SPLITS=splits,
+            BLOCK_S=next_power_of_2(splits), num_warps=4,
+        )  # fmt: skip
+    return out
+
+
+def num_splits(device: torch.device, programs: int, max_seqlen_k: int) -> int:
+    """Splits per sequence: enough to fill the device twice, none shorter than 512 positions."""
+    wanted = -(-2 * device_facts(device).num_sms // max(programs, 1))
+    return max(1, min(wanted, -(-max_seqlen_k // _MIN_SPLIT)))
