@@ -7,7 +7,6 @@ which is how the tests exercise them without a GPU.
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -24,9 +23,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 __all__ = ["INTERPRETED", "AttentionConfig", "DeviceFacts", "attention_config", "device_facts",
-           "jit", "next_power_of_2", "row_warps", "tl"]  # fmt: skip
+           "jit", "next_power_of_2", "row_warps", "tl", "triton"]  # fmt: skip
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+INTERPRETED = triton is not None and bool(triton.knobs.runtime.interpret)
 
 
 def jit(kernel: Callable[..., Any]) -> Any:
