@@ -1,0 +1,100 @@
+"""One request in the engine: its tokens, how far they are computed, what it owns. No tensors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum, auto
+
+from epd.errors import InvalidRequestError
+from epd.kv.blocks import BlockTable, ImageSpan
+from epd.request import SamplingParams
+
+__all__ = ["Sequence", "SequenceState", "expand_images"]
+
+
+class SequenceState(Enum):
+    """Where a sequence stands. HELD waits for a decode worker, RESERVED for its KV to arrive."""
+
+    WAITING = auto()
+    RUNNING = auto()
+    RESERVED = auto()
+    HELD = auto()
+    FINISHED = auto()
+
+
+@dataclass(slots=True, eq=False, kw_only=True)
+class Sequence:
+    """A request being served. `tokens` is the expanded prompt followed by the output tokens.
+
+    The first `num_computed` tokens have passed the decoder; `next_pos` is the position of the one
+    after them and is carried here, because pruned layer groups hold fewer keys than positions.
+    """
+
+    request_id: str
+    attempt: int
+    tokens: list[int]
+    num_prompt: int
+    spans: tuple[ImageSpan, ...] = ()
+    sampling: SamplingParams
+    salt: str = ""
+    deadline: float | None = None
+    handoff: bool = False
+    adopted: bool = False
+    arrival: int = 0
+    arrived_at: float = 0.0
+    started_at: float | None = None
+    state: SequenceState = SequenceState.WAITING
+    table: BlockTable | None = None
+    hashes: list[bytes] = field(default_factory=list)
+    num_computed: int = 0
+    next_pos: int = 0
+    num_cached: int = 0
+    prefilled: bool = False
+
+    @property
+    def num_remaining(self) -> int:
+        """Tokens still to compute before the next one can be sampled; 1 while decoding."""
+        return len(self.tokens) - self.num_computed
+
+    @property
+    def num_output(self) -> int:
+        """Output tokens so far, those of earlier attempts included: the next token's index."""
+        return len(self.tokens) - self.num_prompt
+
+    @property
+    def output_token_ids(self) -> list[int]:
+        """A copy of the output tokens."""
+        return self.tokens[self.num_prompt :]
+
+    @property
+    def image_tokens(self) -> int:
+        """Prompt positions that images fill."""
+        return sum(span.stop - span.start for span in self.spans)
+
+    def restart(self) -> None:
+        """Forget everything computed, so that all tokens are computed again."""
+        self.num_computed = self.next_pos = 0
+        self.state = SequenceState.WAITING
+
+
+def expand_images(
+    tokens: list[int], image_token_id: int | None, keys: list[str], lengths: list[int]
+) -> tuple[list[int], tuple[ImageSpan, ...]]:
+    """`tokens` with the i-th placeholder repeated `lengths[i]` times, and the spans they fill.
+
+    Raises `InvalidRequestError` unless there is one placeholder, one key and one length per image.
+    """
+    slots = [i for i, token in enumerate(tokens) if token == image_token_id]
+    if not len(slots) == len(keys) == len(lengths):
+        raise InvalidRequestError(
+            f"the prompt has {len(slots)} image placeholders for {len(lengths)} images", "messages"
+        )
+    expanded: list[int] = []
+    spans: list[ImageSpan] = []
+    done = 0
+    for slot, key, length in zip(slots, keys, lengths, strict=True):
+        expanded += tokens[done:slot]
+        spans.append(ImageSpan(len(expanded), len(expanded) + length, key))
+        expanded += [tokens[slot]] * length
+        done = slot + 1
+    return expanded + tokens[done:], tuple(spans)
