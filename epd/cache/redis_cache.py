@@ -1,0 +1,299 @@
+"""The token cache in Redis or Valkey, shared by every process that knows the URL.
+
+A call costs at most `timeout` seconds, and after one timeout or three errors the breaker makes
+every call a miss at no cost until a background probe finds the server well again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+from contextlib import suppress
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+
+from redis.exceptions import ResponseError, WatchError
+from redis.exceptions import TimeoutError as RedisTimeoutError
+
+from epd.cache.base import HEADER_BYTES, CachedTokens, CacheStats, pack_entry, unpack_entry
+from epd.cache.breaker import Breaker
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Sequence
+
+__all__ = ["RedisCache", "RedisClient"]
+
+_LOG = logging.getLogger(__name__)
+_T = TypeVar("_T")
+
+_CONCURRENCY = 32
+_OFF_LOOP_BYTES = 1 << 20  # hashing more than this would hold up the event loop for over 1 ms
+_CLOSE_SECONDS = 1.0
+_WRONG_TYPE = b"wrong type"  # shorter than a header, so it never passes for an entry
+
+
+class RedisClient(Protocol):
+    """The three calls used of `redis.asyncio.Redis`."""
+
+    def execute_command(self, *args: Any) -> Awaitable[Any]: ...
+    def pipeline(self, transaction: bool) -> Any: ...
+    async def aclose(self) -> None: ...
+
+
+class RedisCache:
+    """A `TokenCache` over one Redis or Valkey server. Needs a running event loop to be used.
+
+    Entries live `ttl` seconds; the server's own memory limit bounds their sum. Larger ones than
+    `max_entry_bytes` are neither written nor read. The write-behind queue holds at most
+    `queue_entries` and `queue_bytes`; what waits there already answers `get` in this process.
+    """
+
+    def __init__(
+        self,
+        client: RedisClient,
+        *,
+        ttl: float = 3600.0,
+        max_entry_bytes: int = 32 << 20,
+        queue_entries: int = 256,
+        queue_bytes: int = 64 << 20,
+        timeout: float = 0.2,
+        breaker: Breaker | None = None,
+        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+        prefix: str = "epd:",
+    ) -> None:
+        self._client = client
+        self._ttl_ms = max(1, round(ttl * 1000))
+        self._max_entry_bytes = max_entry_bytes
+        self._queue_limits = (queue_entries, queue_bytes)
+        self._timeout = timeout
+        self._breaker = breaker or Breaker()
+        self._sleep = sleep
+        self._prefix = prefix
+        self._owner = secrets.token_hex(16).encode()
+        self._slots = asyncio.Semaphore(_CONCURRENCY)
+        self._queue: dict[str, CachedTokens] = {}
+        self._drained = asyncio.Event()
+        self._drained.set()
+        self._writer: asyncio.Task[None] | None = None
+        self._prober: asyncio.Task[None] | None = None
+        self._closed = False
+        self.counters = CacheStats()
+
+    async def get(self, key: str) -> CachedTokens | None:
+        """The checked value of `key`. A damaged one is a miss, counted and deleted."""
+        value = self._queue.get(key)
+        if value is None:
+            entry = await self._call(lambda: self._read(key), b"")
+            value = await self._unpack(key, entry) if entry else None
+        if value is None:
+            self.counters.misses += 1
+        else:
+            self.counters.hits += 1
+        return value
+
+    async def contains(self, keys: Sequence[str]) -> list[bool]:
+        """Whether each key has a value, in one round trip; all false when nobody can be asked."""
+
+        async def ask() -> list[bool]:
+            pipe = self._client.pipeline(transaction=False)
+            for key in keys:
+                pipe.execute_command("EXISTS", self._value_name(key))
+            return [reply == 1 for reply in await pipe.execute()]
+
+        found = await self._call(ask, [False] * len(keys)) if keys else []
+        return [there or key in self._queue for key, there in zip(keys, found, strict=True)]
+
+    def put(self, key: str, value: CachedTokens) -> None:
+        """Queue a write and return at once; full queue or open breaker: dropped and counted."""
+        if self._too_large(value) or key in self._queue:
+            return
+        entries, size = self._queue_limits
+        full = len(self._queue) >= entries or self.counters.pending_bytes + value.num_bytes > size
+        if full or self._closed or not self._breaker.admits():
+            self.counters.dropped += 1
+            return
+        self._queue[key] = value
+        self.counters.pending_bytes += value.num_bytes
+        self._drained.clear()
+        if self._writer is None or self._writer.done():
+            self._writer = asyncio.get_running_loop().create_task(self._write_behind())
+
+    async def store(self, key: str, value: CachedTokens) -> bool:
+        """Write now; true when the server has confirmed it."""
+        if self._too_large(value):
+            return False
+        entry = await _off_loop(value.num_bytes, lambda: pack_entry(key, value))
+        reply = await self._call(
+            lambda: self._client.execute_command(
+                "SET", self._value_name(key), entry, "PX", self._ttl_ms
+            ),
+            None,
+        )
+        if not reply:
+            self.counters.dropped += 1
+            return False
+        self.counters.stored_bytes += len(entry)
+        return True
+
+    async def claim(self, key: str, ttl: float) -> bool:
+        """True when the claim is won, and when the server cannot be asked: then everybody computes.
+
+        A claim without an expiry is not ours (each of ours has one), so it is removed.
+        """
+        name, ttl_ms = self._claim_name(key), _milliseconds(ttl)
+
+        async def ask() -> bool:
+            pipe = self._client.pipeline(transaction=False)
+            pipe.execute_command("SET", name, self._owner, "NX", "PX", ttl_ms)
+            pipe.execute_command("PTTL", name)
+            won, left = await pipe.execute()
+            if left == -1:
+                await self._client.execute_command("UNLINK", name)
+            self.counters.claims_won += bool(won)
+            return bool(won)
+
+        return await self._call(ask, True)
+
+    async def renew(self, key: str, ttl: float) -> None:
+        """Let our own claim live for another `ttl` seconds."""
+        await self._if_owner(key, "PEXPIRE", _milliseconds(ttl))
+
+    async def unclaim(self, key: str) -> None:
+        """Delete the claim if it is still our own."""
+        await self._if_owner(key, "UNLINK")
+
+    async def flush(self) -> None:
+        """Return once the queue is empty: each write succeeded or was dropped in bounded time."""
+        await self._drained.wait()
+
+    def stats(self) -> CacheStats:
+        """A copy of the counters, with the breaker's state."""
+        return replace(self.counters, breaker=self._breaker.state.value)
+
+    async def close(self) -> None:
+        """Flush for up to a second, then stop the tasks and close the connections."""
+        self._closed = True
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_CLOSE_SECONDS):
+                await self.flush()
+        tasks = [task for task in (self._writer, self._prober) if task is not None]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        self.counters.dropped += len(self._queue)
+        self.counters.pending_bytes = 0
+        self._queue.clear()
+        self._drained.set()
+        with suppress(Exception):
+            async with asyncio.timeout(self._timeout):
+                await self._client.aclose()
+
+    async def _call(self, operation: Callable[[], Awaitable[_T]], default: _T) -> _T:
+        """The operation's result, or `default` at once when the server is not well."""
+        async with self._slots:
+            if self._closed or not self._breaker.admits():
+                return default
+            try:
+                async with asyncio.timeout(self._timeout):
+                    result = await operation()
+            except (TimeoutError, RedisTimeoutError):
+                self._failed(self._breaker.timeout)
+            except ResponseError:
+                # the server is alive and refused this one command
+                self.counters.errors += 1
+            except Exception:
+                # whatever a broken server makes the client raise, it is no more than a miss
+                self._failed(self._breaker.error)
+            else:
+                self._breaker.success()
+                return result
+            return default
+
+    def _failed(self, report: Callable[[], None]) -> None:
+        self.counters.errors += 1
+        report()
+        idle = self._prober is None or self._prober.done()
+        if idle and not self._breaker.admits() and not self._closed:
+            _LOG.warning("token cache server does not answer; continuing without it")
+            self._prober = asyncio.get_running_loop().create_task(self._probe())
+
+    async def _probe(self) -> None:
+        """Ping in the background until the breaker closes, so that no request waits for it."""
+        while not self._breaker.admits():
+            await self._sleep(self._breaker.remaining())
+            if self._breaker.probe():
+                self._breaker.settle(await self._ping())
+        _LOG.info("token cache server answers again")
+
+    async def _ping(self) -> bool:
+        try:
+            async with asyncio.timeout(self._timeout):
+                await self._client.execute_command("PING")
+        except Exception:
+            return False
+        return True
+
+    async def _read(self, key: str) -> bytes:
+        # a range, not the whole: what someone else left under our key may be of any size
+        try:
+            entry = await self._client.execute_command(
+                "GETRANGE", self._value_name(key), 0, self._max_entry_bytes
+            )
+        except ResponseError as error:
+            if not str(error).startswith("WRONGTYPE"):
+                raise
+            return _WRONG_TYPE
+        return entry if isinstance(entry, bytes) else _WRONG_TYPE
+
+    async def _unpack(self, key: str, entry: bytes) -> CachedTokens | None:
+        value = await _off_loop(len(entry), lambda: unpack_entry(key, entry))
+        if value is None:
+            self.counters.damaged += 1
+            name = self._value_name(key)
+            await self._call(lambda: self._client.execute_command("UNLINK", name), None)
+        return value
+
+    async def _if_owner(self, key: str, command: str, *args: int) -> None:
+        """Run `command` on the claim if it is ours; WATCH voids it if the claim changes between."""
+        name = self._claim_name(key)
+
+        async def compare_and_run() -> None:
+            async with self._client.pipeline(transaction=True) as pipe:
+                await pipe.watch(name)
+                if await pipe.execute_command("GET", name) == self._owner:
+                    pipe.multi()
+                    pipe.execute_command(command, name, *args)
+                    with suppress(WatchError):
+                        await pipe.execute()
+
+        await self._call(compare_and_run, None)
+
+    async def _write_behind(self) -> None:
+        while self._queue:
+            key, value = next(iter(self._queue.items()))
+            try:
+                await self.store(key, value)
+            finally:
+                del self._queue[key]
+                self.counters.pending_bytes -= value.num_bytes
+        self._drained.set()
+
+    def _too_large(self, value: CachedTokens) -> bool:
+        too_large = HEADER_BYTES + value.num_bytes > self._max_entry_bytes
+        self.counters.rejected += too_large
+        return too_large
+
+    def _value_name(self, key: str) -> str:
+        return f"{self._prefix}tokens:{key}"
+
+    def _claim_name(self, key: str) -> str:
+        return f"{self._prefix}claim:{key}"
+
+
+def _milliseconds(seconds: float) -> int:
+    return max(1, round(seconds * 1000))
+
+
+async def _off_loop(size: int, work: Callable[[], _T]) -> _T:
+    return await asyncio.to_thread(work) if size > _OFF_LOOP_BYTES else work()
