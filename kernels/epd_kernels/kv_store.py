@@ -43,9 +43,9 @@ def store_kv_ref(
 
 @jit
 def _store_kv_kernel(
-    k: Any, v: Any, k_cache: Any, v_cache: Any, slot_mapping: Any,
-    k_stride_t: Any, k_stride_h: Any, v_stride_t: Any, v_stride_h: Any,
-    stride_block: Any, stride_row: Any, stride_head: Any, block_size: Any,
+    k: tl.tensor, v: tl.tensor, k_cache: tl.tensor, v_cache: tl.tensor, slot_mapping: tl.tensor,
+    k_stride_t: tl.tensor, k_stride_h: tl.tensor, v_stride_t: tl.tensor, v_stride_h: tl.tensor,
+    stride_block: tl.tensor, stride_row: tl.tensor, stride_head: tl.tensor, block_size: tl.tensor,
     HEADS: tl.constexpr, D: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr,
 ) -> None:  # fmt: skip
     """One token per program, all its KV heads at once."""

@@ -124,10 +124,10 @@ def _decode_ref(
 
 @jit
 def _attend(
-    b_q: Any, o_limit: Any, table: Any, k_cache: Any, v_cache: Any, stride_block: Any,
-    stride_row: Any, scale_log2: Any, start: Any, end: Any, block_size: Any,
+    b_q: tl.tensor, o_limit: tl.tensor, table: tl.tensor, k_cache: tl.tensor, v_cache: tl.tensor, stride_block: tl.tensor,
+    stride_row: tl.tensor, scale_log2: tl.tensor, start: tl.tensor, end: tl.tensor, block_size: tl.tensor,
     D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-) -> Any:  # fmt: skip
+) -> tl.tensor:  # fmt: skip
     """(m, l, out) of rows `b_q` over positions [start, end), row r seeing p <= o_limit[r].
 
     m is in base-2 units; a row that saw nothing has m = -inf, l = 0, out = 0.
@@ -159,9 +159,9 @@ def _attend(
 
 @jit
 def _prefill_kernel(
-    q: Any, k_cache: Any, v_cache: Any, out: Any, block_tables: Any, cu_seqlens_q: Any,
-    seq_lens: Any, scale_log2: Any, q_stride_t: Any, q_stride_h: Any, stride_block: Any,
-    stride_row: Any, stride_head: Any, table_stride: Any, block_size: Any,
+    q: tl.tensor, k_cache: tl.tensor, v_cache: tl.tensor, out: tl.tensor, block_tables: tl.tensor, cu_seqlens_q: tl.tensor,
+    seq_lens: tl.tensor, scale_log2: tl.tensor, q_stride_t: tl.tensor, q_stride_h: tl.tensor, stride_block: tl.tensor,
+    stride_row: tl.tensor, stride_head: tl.tensor, table_stride: tl.tensor, block_size: tl.tensor,
     GROUP: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ) -> None:  # fmt: skip
@@ -194,9 +194,9 @@ def _prefill_kernel(
 
 @jit
 def _decode_kernel(
-    q: Any, k_cache: Any, v_cache: Any, out: Any, partial: Any, stats: Any, block_tables: Any,
-    cu_seqlens_q: Any, seq_lens: Any, scale_log2: Any, q_stride_t: Any, q_stride_h: Any,
-    stride_block: Any, stride_row: Any, stride_head: Any, table_stride: Any, block_size: Any,
+    q: tl.tensor, k_cache: tl.tensor, v_cache: tl.tensor, out: tl.tensor, partial: tl.tensor, stats: tl.tensor, block_tables: tl.tensor,
+    cu_seqlens_q: tl.tensor, seq_lens: tl.tensor, scale_log2: tl.tensor, q_stride_t: tl.tensor, q_stride_h: tl.tensor,
+    stride_block: tl.tensor, stride_row: tl.tensor, stride_head: tl.tensor, table_stride: tl.tensor, block_size: tl.tensor,
     GROUP: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr, SPLITS: tl.constexpr,
 ) -> None:  # fmt: skip
@@ -235,7 +235,7 @@ def _decode_kernel(
 
 @jit
 def _combine_kernel(
-    partial: Any, stats: Any, out: Any, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    partial: tl.tensor, stats: tl.tensor, out: tl.tensor, D: tl.constexpr, BLOCK_D: tl.constexpr,
     SPLITS: tl.constexpr, BLOCK_S: tl.constexpr,
 ) -> None:  # fmt: skip
     """Merge the splits of one (token, head)."""

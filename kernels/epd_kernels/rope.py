@@ -43,8 +43,8 @@ def _swap_halves(x: torch.Tensor) -> torch.Tensor:
 
 @jit
 def _rotate(
-    x: Any, out: Any, stride_t: Any, stride_h: Any, i_t: Any, b_cos1: Any, b_cos2: Any,
-    b_sin1: Any, b_sin2: Any, HEADS: tl.constexpr, HALF: tl.constexpr,
+    x: tl.tensor, out: tl.tensor, stride_t: tl.tensor, stride_h: tl.tensor, i_t: tl.tensor, b_cos1: tl.tensor, b_cos2: tl.tensor,
+    b_sin1: tl.tensor, b_sin2: tl.tensor, HEADS: tl.constexpr, HALF: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr,
 ) -> None:  # fmt: skip
     """Rotate every head of one token of `x` into the contiguous `out`."""
@@ -62,8 +62,8 @@ def _rotate(
 
 @jit
 def _rope_kernel(
-    q: Any, k: Any, cos: Any, sin: Any, q_out: Any, k_out: Any, q_stride_t: Any, q_stride_h: Any,
-    k_stride_t: Any, k_stride_h: Any, HEADS: tl.constexpr, KV_HEADS: tl.constexpr,
+    q: tl.tensor, k: tl.tensor, cos: tl.tensor, sin: tl.tensor, q_out: tl.tensor, k_out: tl.tensor, q_stride_t: tl.tensor, q_stride_h: tl.tensor,
+    k_stride_t: tl.tensor, k_stride_h: tl.tensor, HEADS: tl.constexpr, KV_HEADS: tl.constexpr,
     HALF: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_KV: tl.constexpr, BLOCK_D: tl.constexpr,
 ) -> None:  # fmt: skip
     """One token per program: its angles are loaded once for all heads of q and k."""

@@ -33,7 +33,7 @@ def silu_mul_ref(gate_up: torch.Tensor) -> torch.Tensor:
 
 @jit
 def _silu_mul_kernel(
-    gate_up: Any, out: Any, stride_t: Any, width: Any, BLOCK: tl.constexpr
+    gate_up: tl.tensor, out: tl.tensor, stride_t: tl.tensor, width: tl.tensor, BLOCK: tl.constexpr
 ) -> None:
     """One program per token and BLOCK columns."""
     i_t = tl.program_id(0).to(tl.int64)
