@@ -1,0 +1,20 @@
+"""Engine settings without tensors; services resolve theirs from flags, environment and TOML."""
+
+from __future__ import annotations
+
+import msgspec
+
+__all__ = ["EngineConfig"]
+
+
+class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Sizes of one engine core. `num_blocks` None derives the count from `kv_memory_bytes`."""
+
+    block_size: int = 16
+    num_blocks: int | None = None
+    kv_memory_bytes: int = 256 << 20
+    max_num_seqs: int = 64
+    max_batched_tokens: int = 2048
+    max_model_len: int | None = None
+    prefix_cache: bool = True
+    chunked_prefill: bool = True

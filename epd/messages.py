@@ -1,0 +1,277 @@
+"""The messages of the pipeline, grouped by receiver. Tensors travel beside them, never inside."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import msgspec
+from msgspec import Meta
+
+from epd.kv.handoff import KVHandoff
+from epd.request import MMItem, SamplingParams, TokenOutput
+
+__all__ = [
+    "MESSAGES",
+    "Adopted",
+    "Cancel",
+    "EncodeFailed",
+    "EncodeRequest",
+    "Encoded",
+    "Evicted",
+    "Heartbeat",
+    "KVBlocks",
+    "KVGone",
+    "KVOffer",
+    "KVPull",
+    "KVRelease",
+    "KVRenew",
+    "Leaving",
+    "Message",
+    "MissingItems",
+    "PeerInfo",
+    "Peers",
+    "PrefillDone",
+    "PrefillRequest",
+    "RequestFailed",
+    "StepToken",
+    "Tokens",
+    "VisionTokens",
+    "VisionTokensReceived",
+    "WorkerStats",
+]
+
+Name = Annotated[str, Meta(min_length=1, max_length=128)]
+Text = Annotated[str, Meta(max_length=512)]
+Count = Annotated[int, Meta(ge=0, le=1 << 40)]
+Seconds = Annotated[float, Meta(ge=0.0, le=1e9)]
+TokenId = Annotated[int, Meta(ge=0, le=1 << 31)]
+
+
+class Message(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Base of everything that crosses the wire."""
+
+
+class RequestMessage(Message, frozen=True, kw_only=True):
+    """A message about one attempt at one request; late attempts are told apart by `attempt`."""
+
+    request_id: Name
+    attempt: Count
+
+
+# to every worker
+
+
+class PeerInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Where a live worker listens and which stages it hosts, at which epoch of which process
+    life.
+    """
+
+    worker_id: Name
+    address: Name
+    stages: str
+    epoch: Count
+    incarnation: Count
+
+
+class Peers(Message, frozen=True, kw_only=True):
+    """The live workers, sent by the gateway on every change and as its own heartbeat."""
+
+    workers: list[PeerInfo]
+
+
+class Cancel(RequestMessage, frozen=True, kw_only=True):
+    """Forget every attempt up to this one and give back what it holds."""
+
+
+# to a worker that encodes
+
+
+class EncodeRequest(RequestMessage, frozen=True, kw_only=True):
+    """Encode one image (buffer: uint8 [height, width, 3]) and send its tokens to `consumer`."""
+
+    item: Count
+    mm: MMItem
+    consumer: Name
+    ttl: Seconds
+
+
+class VisionTokensReceived(RequestMessage, frozen=True, kw_only=True):
+    """The consumer has the vision tokens of `item`; ends the transfer the encoder times."""
+
+    item: Count
+
+
+# to a worker that prefills
+
+
+class PrefillRequest(RequestMessage, frozen=True, kw_only=True):
+    """Prefill a prompt; `from_cache[i]` says that item i is in the token cache, not on its way."""
+
+    prompt_token_ids: list[TokenId]
+    items: list[MMItem]
+    from_cache: list[bool]
+    output_token_ids: list[TokenId]
+    sampling: SamplingParams
+    salt: Text
+    consumer: Name
+    ttl: Seconds
+
+
+class VisionTokens(RequestMessage, frozen=True, kw_only=True):
+    """The vision tokens of one image (buffer: [tokens, hidden])."""
+
+    item: Count
+    cache_key: Name
+
+
+class KVPull(RequestMessage, frozen=True, kw_only=True):
+    """The decode worker has room: send the KV."""
+
+
+class KVRenew(Message, frozen=True, kw_only=True):
+    """The decode worker still wants the KV of these requests: extend their leases."""
+
+    request_ids: list[Name]
+
+
+class KVRelease(RequestMessage, frozen=True, kw_only=True):
+    """The decode worker has the KV (or no longer wants it): free the blocks."""
+
+
+# to a worker that decodes
+
+
+class KVOffer(RequestMessage, frozen=True, kw_only=True):
+    """A prefilled request whose KV waits on the sender under a lease."""
+
+    handoff: KVHandoff
+    ttl: Seconds
+
+
+class KVBlocks(RequestMessage, frozen=True, kw_only=True):
+    """The KV of one request (buffers: one [2, tokens, kv_heads, head_dim] per layer)."""
+
+
+class KVGone(RequestMessage, frozen=True, kw_only=True):
+    """The pulled KV is no longer held."""
+
+
+# to the gateway
+
+
+class WorkerStats(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What a worker reports about itself with every heartbeat."""
+
+    encode_queue: Count = 0
+    encoded_total: Count = 0
+    prefill_waiting: Count = 0
+    running: Count = 0
+    handoff_queue: Count = 0
+    kv_leases: Count = 0
+    blocks_total: Count = 0
+    blocks_free: Count = 0
+    prefix_queries: Count = 0
+    prefix_hits: Count = 0
+    cache_queries: Count = 0
+    cache_hits: Count = 0
+    cache_errors: Count = 0
+    preemptions: Count = 0
+    handoff_bytes: Count = 0
+    frames_rejected: Count = 0
+    resident_bytes: Count = 0
+
+
+class Heartbeat(Message, frozen=True, kw_only=True):
+    """A worker is alive. `revision` names the model it serves, `encoder_revision` its vision side.
+
+    A worker that is not `accepting` finishes what it has.
+    """
+
+    address: Name
+    revision: Name
+    encoder_revision: Name
+    dtype: Name
+    accepting: bool = True
+    stats: WorkerStats
+
+
+class Leaving(Message, frozen=True, kw_only=True):
+    """The worker is done and ends now."""
+
+
+class Encoded(RequestMessage, frozen=True, kw_only=True):
+    """An image was encoded (or found) and handed over; durations on the encoder's clock."""
+
+    item: Count
+    cached: bool
+    queue_seconds: Seconds
+    encode_seconds: Seconds
+    transfer_seconds: Seconds
+
+
+class EncodeFailed(RequestMessage, frozen=True, kw_only=True):
+    """An image could not be encoded; `code` names the error type."""
+
+    item: Count
+    code: Name
+    message: Text
+
+
+class MissingItems(RequestMessage, frozen=True, kw_only=True):
+    """The prefill worker lacks the vision tokens of these items: have them encoded."""
+
+    items: list[Count]
+
+
+class PrefillDone(RequestMessage, frozen=True, kw_only=True):
+    """The prompt is prefilled; counts after expansion of the image placeholders."""
+
+    prompt_tokens: Count
+    image_tokens: Count
+    cached_tokens: Count
+    queue_seconds: Seconds
+    prefill_seconds: Seconds
+
+
+class Adopted(RequestMessage, frozen=True, kw_only=True):
+    """The decode worker holds the KV; the prefill worker is no longer needed."""
+
+    transfer_seconds: Seconds
+    transfer_bytes: Count
+
+
+class StepToken(msgspec.Struct, frozen=True, array_like=True):
+    """One token of one request in a step; `finish_reason` is set on the last."""
+
+    request_id: Name
+    attempt: Count
+    output: TokenOutput
+    finish_reason: str | None = None
+
+
+class Tokens(Message, frozen=True, kw_only=True):
+    """Everything one step sampled: one message a step, whatever the batch."""
+
+    tokens: list[StepToken]
+
+
+class Evicted(RequestMessage, frozen=True, kw_only=True):
+    """The request lost its KV to a fuller queue and cannot be recomputed here."""
+
+
+class RequestFailed(RequestMessage, frozen=True, kw_only=True):
+    """The worker gave the request up; `retryable` when another worker might succeed."""
+
+    code: Name
+    message: Text
+    retryable: bool
+
+
+MESSAGES: dict[bytes, type[Message]] = {
+    cls.__name__.encode(): cls
+    for cls in (
+        Peers, Cancel, EncodeRequest, VisionTokensReceived, PrefillRequest, VisionTokens, KVPull,
+        KVRenew, KVRelease, KVOffer, KVBlocks, KVGone, Heartbeat, Leaving, Encoded, EncodeFailed,
+        MissingItems, PrefillDone, Adopted, Tokens, Evicted, RequestFailed,
+    )
+}  # fmt: skip

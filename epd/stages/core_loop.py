@@ -1,0 +1,182 @@
+"""Drives the engine core of a worker: queued operations, then one step, then what came of it, over
+and over.
+
+The core is single-threaded: everything that touches it runs in one compute thread, so the event
+loop keeps answering heartbeats through the longest prefill.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+import structlog
+
+from epd.core import CoreStats, EngineCore, StepResult
+from epd.errors import EPDError
+from epd.kv.handoff import KVHandoff
+from epd.messages import Evicted, PrefillDone, RequestFailed, StepToken, Tokens
+from epd.stages.base import Host
+
+__all__ = ["CoreLoop", "Operation"]
+
+_log = structlog.get_logger("epd.core")
+Operation = Callable[[], Callable[[], None] | None]
+"""Runs in the compute thread; the function it returns, if any, runs on the event loop
+afterwards.
+"""
+
+
+@dataclass(slots=True)
+class _Round:
+    then: list[Callable[[], None]] = field(default_factory=list)
+    step: StepResult | None = None
+    offers: list[KVHandoff] = field(default_factory=list)
+    stats: CoreStats | None = None
+
+
+class CoreLoop:
+    """Owns an `EngineCore`. `attempts` holds the attempt of every request the core knows."""
+
+    def __init__(self, host: Host, core: EngineCore) -> None:
+        self.attempts: dict[str, int] = {}
+        self.on_offer: Callable[[KVHandoff], None] = lambda _: None
+        self.before_turn: list[Callable[[], Operation | None]] = []
+        self.stats = core.stats()
+        self._host = host
+        self._core = core
+        self._operations: list[Operation] = []
+        self._wake = asyncio.Event()
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="llm")
+
+    @property
+    def core(self) -> EngineCore:
+        """The core; to be touched inside operations only."""
+        return self._core
+
+    def submit(self, operation: Operation) -> None:
+        """Run an operation before the next step."""
+        self._operations.append(operation)
+        self._wake.set()
+
+    def wake(self) -> None:
+        """Take another turn even if no operation waits."""
+        self._wake.set()
+
+    def begin(self, request_id: str, attempt: int) -> None:
+        """Note the attempt that from now on owns the request; an older one is forgotten."""
+        if request_id in self.attempts:
+            self.submit(lambda: self._core.cancel(request_id))
+        self.attempts[request_id] = attempt
+
+    def cancel(self, request_id: str, attempt: int) -> None:
+        """Forget a request if it is still this attempt or an older one."""
+        if self.attempts.get(request_id, attempt + 1) <= attempt:
+            del self.attempts[request_id]
+            self.submit(lambda: self._core.cancel(request_id))
+
+    def fail(self, request_id: str, error: EPDError | Exception, *, retryable: bool) -> None:
+        """Report a request as failed and forget it."""
+        attempt = self.attempts.get(request_id)
+        if attempt is None:
+            return
+        self.cancel(request_id, attempt)
+        code = error.code if isinstance(error, EPDError) else "internal_error"
+        text = str(error) if isinstance(error, EPDError) else type(error).__name__
+        self._host.emit(
+            RequestFailed(
+                request_id=request_id,
+                attempt=attempt,
+                code=code,
+                message=text[:512],
+                retryable=retryable,
+            )
+        )
+
+    def reset(self) -> None:
+        """Forget every request."""
+        for request_id, attempt in list(self.attempts.items()):
+            self.cancel(request_id, attempt)
+
+    async def run(self) -> None:
+        """Step while there is work; sleep otherwise."""
+        loop = asyncio.get_running_loop()
+        while True:
+            await self._wake.wait()
+            self._wake.clear()
+            busy = True
+            while busy:
+                operations, self._operations = self._operations, []
+                operations += [op for prepare in self.before_turn if (op := prepare())]
+                round_ = await loop.run_in_executor(self._thread, self._turn, operations)
+                self._publish(round_)
+                busy = bool(self._operations) or self._core.has_work()
+
+    def _turn(self, operations: list[Operation]) -> _Round:
+        round_ = _Round()
+        for operation in operations:
+            try:
+                then = operation()
+            except Exception:
+                _log.exception("operation failed")
+                continue
+            if then is not None:
+                round_.then.append(then)
+        if self._core.has_work():
+            round_.step = self._core.step()
+            round_.offers = [self._core.offer(name) for name in round_.step.handoffs]
+        round_.stats = self._core.stats()
+        return round_
+
+    def _publish(self, round_: _Round) -> None:
+        for then in round_.then:
+            then()
+        if round_.stats is not None:
+            self.stats = round_.stats
+        step = round_.step
+        if step is None:
+            return
+        for done in step.prefilled:
+            self._host.emit(
+                PrefillDone(
+                    request_id=done.request_id,
+                    attempt=done.attempt,
+                    prompt_tokens=done.prompt_tokens,
+                    image_tokens=done.image_tokens,
+                    cached_tokens=done.cached_tokens,
+                    queue_seconds=max(0.0, done.queue_seconds),
+                    prefill_seconds=max(0.0, done.prefill_seconds),
+                )
+            )
+        self._publish_tokens(step)
+        for handoff in round_.offers:
+            self.on_offer(handoff)
+        for failure in step.failed:
+            self.attempts.pop(failure.request_id, None)
+            self._host.emit(
+                RequestFailed(
+                    request_id=failure.request_id,
+                    attempt=failure.attempt,
+                    code=failure.code,
+                    message=failure.message[:512],
+                    retryable=False,
+                )
+            )
+        for request_id in step.evicted:
+            attempt = self.attempts.pop(request_id, None)
+            if attempt is not None:
+                self._host.emit(Evicted(request_id=request_id, attempt=attempt))
+
+    def _publish_tokens(self, step: StepResult) -> None:
+        tokens = []
+        for token in step.tokens:
+            reason = token.finish_reason
+            tokens.append(
+                StepToken(token.request_id, token.attempt, token.output, reason and reason.value)
+            )
+            if reason is not None:
+                self.attempts.pop(token.request_id, None)
+        if tokens:
+            self._host.emit(Tokens(tokens=tokens))

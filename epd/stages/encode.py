@@ -1,0 +1,240 @@
+"""The encode stage: pixels in, vision tokens out to the prefill worker that waits for them.
+
+Per image: token cache hit, or exactly one encode among all who ask at once (single-flight),
+batched with others.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import structlog
+import torch
+
+from epd.cache.base import CachedTokens
+from epd.cache.flight import SingleFlight
+from epd.errors import EPDError
+from epd.messages import Encoded, EncodeFailed, EncodeRequest, VisionTokens, VisionTokensReceived
+from epd.stages.base import Host, Payload, as_tensor
+from epd.tensors import from_blob, to_blob
+from epd.wire import Blob
+
+__all__ = ["EncodeStage", "ImageEncoder"]
+
+_log = structlog.get_logger("epd.encode")
+Image = np.ndarray[Any, np.dtype[np.uint8]]
+
+
+class ImageEncoder(Protocol):
+    """uint8 [height, width, 3] images in, vision tokens [tokens, hidden] out."""
+
+    def encode(self, images: Sequence[Image]) -> list[torch.Tensor]: ...
+
+
+@dataclass(slots=True)
+class _Job:
+    image: Image
+    done: asyncio.Future[tuple[torch.Tensor, float, float]]
+    arrived: float
+
+
+@dataclass(slots=True)
+class _Transfer:
+    sent: float
+    report: Encoded
+
+
+class EncodeStage:
+    """Serves `EncodeRequest`s.
+
+    Call `run` once; `accept`, `received` and `cancel` are message handlers.
+    """
+
+    def __init__(
+        self,
+        host: Host,
+        encoder: ImageEncoder,
+        flight: SingleFlight,
+        *,
+        clock: Callable[[], float],
+        max_batch: int = 8,
+    ) -> None:
+        self.encoded_total = 0
+        self._host = host
+        self._encoder = encoder
+        self._flight = flight
+        self._clock = clock
+        self._max_batch = max_batch
+        self._jobs: asyncio.Queue[_Job] = asyncio.Queue()
+        self._tasks: dict[tuple[str, int, int], asyncio.Task[None]] = {}
+        self._transfers: dict[tuple[str, int, int], _Transfer] = {}
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="encode")
+
+    @property
+    def queued(self) -> int:
+        """Images accepted and not yet handed over."""
+        return len(self._tasks)
+
+    def accept(self, sender: str, request: EncodeRequest, payloads: Sequence[Payload]) -> None:
+        """Start serving one image; the same (request, attempt, item) twice is served once."""
+        key = (request.request_id, request.attempt, request.item)
+        image = _checked_image(request, payloads)
+        if image is None:
+            self._fail(request, "invalid_media", "the image bytes do not match its size")
+        elif key not in self._tasks:
+            task = asyncio.get_running_loop().create_task(self._serve(request, image))
+            self._tasks[key] = task
+            task.add_done_callback(lambda _: self._tasks.pop(key, None))
+
+    def received(self, sender: str, ack: VisionTokensReceived, _: Sequence[Payload]) -> None:
+        """The consumer has the tokens: report the image as done, with the transfer time."""
+        transfer = self._transfers.pop((ack.request_id, ack.attempt, ack.item), None)
+        if transfer is None:
+            return
+        seconds = self._clock() - transfer.sent
+        report = transfer.report
+        self._host.emit(
+            Encoded(
+                request_id=report.request_id,
+                attempt=report.attempt,
+                item=report.item,
+                cached=report.cached,
+                queue_seconds=report.queue_seconds,
+                encode_seconds=report.encode_seconds,
+                transfer_seconds=seconds,
+            )
+        )
+
+    def cancel(self, request_id: str, attempt: int) -> None:
+        """Stop serving a request; an encode that others wait for goes on."""
+        for key, task in list(self._tasks.items()):
+            if key[0] == request_id and key[1] <= attempt:
+                task.cancel()
+        for key in [k for k in self._transfers if k[0] == request_id and k[1] <= attempt]:
+            del self._transfers[key]
+
+    def reset(self) -> None:
+        """Forget every request."""
+        for task in list(self._tasks.values()):
+            task.cancel()
+        self._transfers.clear()
+
+    async def _serve(self, request: EncodeRequest, image: Image) -> None:
+        started = self._clock()
+        fresh: list[tuple[torch.Tensor, float, float]] = []
+
+        async def produce() -> CachedTokens:
+            fresh.append(await self._encode(image))
+            blob = to_blob(fresh[0][0])
+            return CachedTokens(blob.dtype, (blob.shape[0], blob.shape[1]), blob.data)
+
+        try:
+            async with asyncio.timeout(request.ttl):
+                value = await self._flight.run(request.mm.cache_key, produce)
+        except TimeoutError:
+            return
+        except EPDError as error:
+            self._fail(request, error.code, str(error))
+            return
+        except Exception as error:
+            _log.exception("encode failed", request_id=request.request_id)
+            self._fail(request, "internal_error", f"the encoder failed ({type(error).__name__})")
+            return
+        if fresh:
+            tokens, queue_seconds, encode_seconds = fresh[0]
+        else:
+            tokens = from_blob(Blob(value.dtype, value.shape, value.data))
+            queue_seconds, encode_seconds = self._clock() - started, 0.0
+        self._hand_over(request, tokens, not fresh, queue_seconds, encode_seconds)
+
+    async def _encode(self, image: Image) -> tuple[torch.Tensor, float, float]:
+        job = _Job(image, asyncio.get_running_loop().create_future(), self._clock())
+        self._jobs.put_nowait(job)
+        return await job.done
+
+    def _hand_over(
+        self, request: EncodeRequest, tokens: torch.Tensor, cached: bool, queued: float, took: float
+    ) -> None:
+        key = (request.request_id, request.attempt, request.item)
+        report = Encoded(
+            request_id=request.request_id,
+            attempt=request.attempt,
+            item=request.item,
+            cached=cached,
+            queue_seconds=queued,
+            encode_seconds=took,
+            transfer_seconds=0.0,
+        )
+        self._transfers[key] = _Transfer(self._clock(), report)
+        message = VisionTokens(
+            request_id=request.request_id,
+            attempt=request.attempt,
+            item=request.item,
+            cache_key=request.mm.cache_key,
+        )
+        if not self._host.post(request.consumer, message, [tokens]):
+            self._transfers.pop(key)
+            self._fail(request, "unavailable", "the prefill worker cannot be reached")
+
+    def _fail(self, request: EncodeRequest, code: str, message: str) -> None:
+        self._host.emit(
+            EncodeFailed(
+                request_id=request.request_id,
+                attempt=request.attempt,
+                item=request.item,
+                code=code,
+                message=message[:512],
+            )
+        )
+
+    async def run(self) -> None:
+        """Encode batches until cancelled."""
+        loop = asyncio.get_running_loop()
+        while True:
+            batch = [await self._jobs.get()]
+            while len(batch) < self._max_batch and not self._jobs.empty():
+                batch.append(self._jobs.get_nowait())
+            batch = [job for job in batch if not job.done.cancelled()]
+            if batch:
+                began = self._clock()
+                results = await loop.run_in_executor(self._thread, self._batch, batch)
+                self._settle(batch, results, began)
+
+    def _batch(self, batch: list[_Job]) -> list[torch.Tensor | Exception]:
+        """One result per job; when a batch fails its members are tried alone, so one cannot
+        sink the rest.
+        """
+        try:
+            return list(self._encoder.encode([job.image for job in batch]))
+        except Exception as error:
+            if len(batch) == 1:
+                return [error]
+            return [result for job in batch for result in self._batch([job])]
+
+    def _settle(
+        self, batch: list[_Job], results: list[torch.Tensor | Exception], began: float
+    ) -> None:
+        seconds = (self._clock() - began) / len(batch)
+        for job, result in zip(batch, results, strict=True):
+            if job.done.cancelled():
+                continue
+            if isinstance(result, Exception):
+                job.done.set_exception(result)
+            else:
+                self.encoded_total += 1
+                job.done.set_result((result, began - job.arrived, seconds))
+
+
+def _checked_image(request: EncodeRequest, payloads: Sequence[Payload]) -> Image | None:
+    if len(payloads) != 1:
+        return None
+    pixels = as_tensor(payloads[0], "cpu")
+    if pixels.dtype != torch.uint8 or pixels.shape != (request.mm.height, request.mm.width, 3):
+        return None
+    image: Image = pixels.numpy()
+    return image

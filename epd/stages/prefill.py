@@ -1,0 +1,288 @@
+"""The prefill stage: wait for the vision tokens of a prompt, prefill it, hold its KV for the
+decode worker.
+
+KV is held under a lease: the decode worker pulls it, renews while it waits for room, and releases;
+a lease that runs out, or whose consumer died, gives the blocks back.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from epd.cache.base import TokenCache
+from epd.core import NewSequence
+from epd.errors import DeadlineError, EPDError, UnavailableError
+from epd.kv.handoff import KVHandoff
+from epd.messages import (
+    KVBlocks,
+    KVGone,
+    KVOffer,
+    KVPull,
+    KVRelease,
+    KVRenew,
+    MissingItems,
+    PrefillRequest,
+    VisionTokens,
+    VisionTokensReceived,
+)
+from epd.stages.base import Host, Payload, as_tensor
+from epd.stages.core_loop import CoreLoop
+from epd.tensors import from_blob
+from epd.wire import Blob
+
+__all__ = ["LEASE_SECONDS", "PrefillStage"]
+
+LEASE_SECONDS = 5.0
+_ASK_AGAIN = 3.0
+_EARLY_LIMIT = 1024
+
+
+@dataclass(slots=True)
+class _Waiting:
+    """A prompt whose vision tokens are not all here yet."""
+
+    request: PrefillRequest
+    deadline: float
+    asked: float
+    tokens: dict[int, torch.Tensor] = field(default_factory=dict)
+
+    @property
+    def missing(self) -> list[int]:
+        return [i for i in range(len(self.request.items)) if i not in self.tokens]
+
+
+@dataclass(slots=True)
+class _Lease:
+    consumer: str
+    attempt: int
+    deadline: float
+    expires: float
+
+
+class PrefillStage:
+    """Message handlers of prefill; the core itself runs in `loop`."""
+
+    def __init__(
+        self,
+        host: Host,
+        loop: CoreLoop,
+        cache: TokenCache,
+        *,
+        clock: Callable[[], float],
+        device: torch.device | str,
+        image_token_id: int | None,
+    ) -> None:
+        self._host = host
+        self._loop = loop
+        self._cache = cache
+        self._clock = clock
+        self._device = device
+        self._image_token_id = image_token_id
+        self._waiting: dict[str, _Waiting] = {}
+        self._early: dict[tuple[str, int, int], tuple[float, torch.Tensor]] = {}
+        self._consumers: dict[str, tuple[str, float]] = {}
+        self._leases: dict[str, _Lease] = {}
+        self._fetches: set[asyncio.Task[None]] = set()
+        loop.on_offer = self._offer
+
+    @property
+    def waiting(self) -> int:
+        """Prompts whose vision tokens are on their way."""
+        return len(self._waiting)
+
+    @property
+    def leases(self) -> int:
+        """Requests whose KV is held for a decode worker."""
+        return len(self._leases)
+
+    def accept(self, sender: str, request: PrefillRequest, _: Sequence[Payload]) -> None:
+        """Take in a prompt; items said to be in the token cache are fetched from there."""
+        now = self._clock()
+        rid, attempt = request.request_id, request.attempt
+        if self._loop.attempts.get(rid, -1) >= attempt:
+            return
+        self.cancel(rid, attempt)
+        self._loop.begin(rid, attempt)
+        waiting = _Waiting(request, now + request.ttl, now)
+        self._waiting[rid] = waiting
+        for item in range(len(request.items)):
+            if early := self._early.pop((rid, attempt, item), None):
+                waiting.tokens[item] = early[1]
+            elif request.from_cache[item]:
+                self._fetch(request, item)
+        self._start_if_complete(rid)
+
+    def _fetch(self, request: PrefillRequest, item: int) -> None:
+        task = asyncio.get_running_loop().create_task(self._from_cache(request, item))
+        self._fetches.add(task)
+        task.add_done_callback(self._fetches.discard)
+
+    async def _from_cache(self, request: PrefillRequest, item: int) -> None:
+        value = await self._cache.get(request.items[item].cache_key)
+        waiting = self._waiting.get(request.request_id)
+        if waiting is None or waiting.request is not request or item in waiting.tokens:
+            return
+        if value is None:
+            self._ask(waiting, [item])
+            return
+        waiting.tokens[item] = from_blob(Blob(value.dtype, value.shape, value.data), self._device)
+        self._start_if_complete(request.request_id)
+
+    def _ask(self, waiting: _Waiting, items: list[int]) -> None:
+        waiting.asked = self._clock()
+        request = waiting.request
+        self._host.emit(
+            MissingItems(request_id=request.request_id, attempt=request.attempt, items=items)
+        )
+
+    def vision_tokens(
+        self, sender: str, message: VisionTokens, payloads: Sequence[Payload]
+    ) -> None:
+        """Take in the vision tokens of one image, before or after the prompt itself."""
+        if len(payloads) != 1:
+            return
+        rid, attempt, item = message.request_id, message.attempt, message.item
+        tokens = as_tensor(payloads[0], self._device)
+        self._host.post(sender, VisionTokensReceived(request_id=rid, attempt=attempt, item=item))
+        waiting = self._waiting.get(rid)
+        if waiting is not None and waiting.request.attempt == attempt:
+            if 0 <= item < len(waiting.request.items):
+                waiting.tokens[item] = tokens
+                self._start_if_complete(rid)
+        elif self._loop.attempts.get(rid, -1) < attempt and len(self._early) < _EARLY_LIMIT:
+            self._early[rid, attempt, item] = (self._clock(), tokens)
+
+    def _start_if_complete(self, rid: str) -> None:
+        waiting = self._waiting.get(rid)
+        if waiting is None or waiting.missing:
+            return
+        del self._waiting[rid]
+        request = waiting.request
+        tokens = [waiting.tokens[i] for i in range(len(request.items))]
+        local = request.consumer == self._host.name
+        sequence = NewSequence(
+            request_id=rid,
+            attempt=request.attempt,
+            prompt_token_ids=request.prompt_token_ids,
+            image_token_id=self._image_token_id,
+            mm_keys=[item.cache_key for item in request.items],
+            sampling=request.sampling,
+            output_token_ids=request.output_token_ids,
+            salt=request.salt,
+            deadline=waiting.deadline,
+            handoff=not local,
+        )
+        if not local:
+            self._consumers[rid] = (request.consumer, waiting.deadline)
+        self._loop.submit(lambda: self._add(sequence, tokens))
+
+    def _add(self, sequence: NewSequence, tokens: list[torch.Tensor]) -> Callable[[], None] | None:
+        if self._loop.attempts.get(sequence.request_id) != sequence.attempt:
+            return None
+        try:
+            self._loop.core.add(sequence, tokens)
+        except Exception as error:
+            return lambda e=error: self._loop.fail(sequence.request_id, e, retryable=False)  # type: ignore[misc]
+        return None
+
+    def _offer(self, handoff: KVHandoff) -> None:
+        rid = handoff.request_id
+        consumer, deadline = self._consumers.pop(rid, ("", 0.0))
+        attempt = self._loop.attempts.get(rid)
+        if attempt is None:
+            return
+        now = self._clock()
+        offer = KVOffer(
+            request_id=rid, attempt=attempt, handoff=handoff, ttl=max(0.0, deadline - now)
+        )
+        if self._host.post(consumer, offer):
+            self._leases[rid] = _Lease(consumer, attempt, deadline, now + LEASE_SECONDS)
+        else:
+            gone = UnavailableError("the decode worker cannot be reached")
+            self._loop.fail(rid, gone, retryable=True)
+
+    def pull(self, sender: str, message: KVPull, _: Sequence[Payload]) -> None:
+        """Send the KV of a leased request to its decode worker."""
+        rid = message.request_id
+        lease = self._leases.get(rid)
+        if lease is None or (lease.consumer, lease.attempt) != (sender, message.attempt):
+            self._host.post(sender, KVGone(request_id=rid, attempt=message.attempt))
+            return
+        lease.expires = self._clock() + LEASE_SECONDS
+        self._loop.submit(lambda: self._export(rid, message.attempt, sender))
+
+    def _export(self, rid: str, attempt: int, consumer: str) -> Callable[[], None] | None:
+        lease = self._leases.get(rid)
+        if lease is None or lease.attempt != attempt:
+            return None
+        tensors = self._loop.core.export_kv(rid)
+        message = KVBlocks(request_id=rid, attempt=attempt)
+        return lambda: self._sent(self._host.post(consumer, message, tensors), rid)
+
+    def _sent(self, sent: bool, rid: str) -> None:
+        if not sent:
+            gone = UnavailableError("the decode worker cannot be reached")
+            self._drop_lease(rid)
+            self._loop.fail(rid, gone, retryable=True)
+
+    def renew(self, sender: str, message: KVRenew, _: Sequence[Payload]) -> None:
+        """Extend the leases a decode worker still wants."""
+        for rid in message.request_ids:
+            lease = self._leases.get(rid)
+            if lease is not None and lease.consumer == sender:
+                lease.expires = self._clock() + LEASE_SECONDS
+
+    def release(self, sender: str, message: KVRelease, _: Sequence[Payload]) -> None:
+        """Free the KV its decode worker has adopted."""
+        lease = self._leases.get(message.request_id)
+        if lease and (lease.consumer, lease.attempt) == (sender, message.attempt):
+            self._drop_lease(message.request_id)
+
+    def _drop_lease(self, rid: str) -> None:
+        lease = self._leases.pop(rid, None)
+        if lease is not None and self._loop.attempts.get(rid) == lease.attempt:
+            del self._loop.attempts[rid]
+            self._loop.submit(lambda: self._loop.core.release(rid))
+
+    def cancel(self, rid: str, attempt: int) -> None:
+        """Forget every attempt at a request up to `attempt` that is not in the core yet, or
+        held by lease.
+        """
+        waiting = self._waiting.get(rid)
+        if waiting is not None and waiting.request.attempt <= attempt:
+            del self._waiting[rid]
+        for key in [k for k in self._early if k[0] == rid and k[1] < attempt]:
+            del self._early[key]
+        lease = self._leases.get(rid)
+        if lease is not None and lease.attempt <= attempt:
+            self._drop_lease(rid)
+
+    def reset(self) -> None:
+        """Forget every request that is not in the core."""
+        self._waiting.clear()
+        self._early.clear()
+        for rid in list(self._leases):
+            self._drop_lease(rid)
+
+    def sweep(self, alive: Callable[[str], bool]) -> None:
+        """Expire what waited too long; call about twice a second. `alive` tells live workers."""
+        now = self._clock()
+        for rid, waiting in list(self._waiting.items()):
+            if now >= waiting.deadline:
+                del self._waiting[rid]
+                self._fail(rid, DeadlineError("the deadline passed before the images were ready"))
+            elif now - waiting.asked > _ASK_AGAIN:
+                self._ask(waiting, waiting.missing)
+        for key, (arrived, _) in list(self._early.items()):
+            if now - arrived > LEASE_SECONDS:
+                del self._early[key]
+        for rid, lease in list(self._leases.items()):
+            if now >= lease.expires or now >= lease.deadline or not alive(lease.consumer):
+                self._drop_lease(rid)
+
+    def _fail(self, rid: str, error: EPDError) -> None:
+        self._loop.fail(rid, error, retryable=False)

@@ -1,0 +1,99 @@
+"""The ledger: one record per request from acceptance to its single terminal state."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field
+
+from epd.errors import EPDError
+from epd.request import FinishReason, Request, RequestTimeline, TokenOutput, Usage
+from epd_services.gateway.dispatch_api import ImagePixels, TokensEvent
+
+__all__ = ["LedgerGeneration", "Record"]
+
+
+@dataclass(slots=True, eq=False)
+class Record:
+    """What the gateway knows about one request.
+
+    `attempt` rises with every dispatch; `outputs` never shrinks.
+    """
+
+    request: Request
+    images: list[ImagePixels]
+    deadline: float
+    timeline: RequestTimeline
+    events: asyncio.Queue[TokensEvent | EPDError] = field(default_factory=asyncio.Queue)
+    outputs: list[TokenOutput] = field(default_factory=list)
+    attempt: int = 0
+    failures: int = 0
+    prefill: str = ""
+    decode: str = ""
+    encoders: dict[int, str] = field(default_factory=dict)
+    adopted: bool = False
+    usage: Usage | None = None
+    done: bool = False
+
+    @property
+    def request_id(self) -> str:
+        """The request's id."""
+        return self.request.request_id
+
+    def workers(self) -> set[str]:
+        """The workers the current attempt involves."""
+        return {self.prefill, self.decode, *self.encoders.values()} - {""}
+
+    def needs(self, worker: str) -> bool:
+        """Whether the current attempt cannot end without `worker` (encoders apart)."""
+        return worker == self.decode or (worker == self.prefill and not self.adopted)
+
+    def token(self, output: TokenOutput, reason: FinishReason | None) -> None:
+        """Append the next token and tell whoever waits."""
+        self.outputs.append(output)
+        self.timeline.token()
+        if reason is None:
+            self.events.put_nowait(TokensEvent([output]))
+            return
+        self.events.put_nowait(TokensEvent([output], reason, self.final_usage(), self.timings()))
+
+    def final_usage(self) -> Usage:
+        """Token counts so far."""
+        seen = self.usage or Usage(prompt_tokens=0, completion_tokens=0)
+        return Usage(
+            prompt_tokens=seen.prompt_tokens,
+            completion_tokens=len(self.outputs),
+            image_tokens=seen.image_tokens,
+            cached_tokens=seen.cached_tokens,
+        )
+
+    def timings(self) -> dict[str, float]:
+        """Seconds per stage as the workers measured them, plus TTFT, TPOT and total on this
+        clock.
+        """
+        line = self.timeline
+        own = {"ttft": line.ttft, "tpot": line.tpot, "total": line.elapsed}
+        if line.ttft is not None:
+            own["decode"] = line.elapsed - line.ttft
+        return {**line.durations, **{k: v for k, v in own.items() if v is not None}}
+
+
+class LedgerGeneration:
+    """The answer of one record as it grows: iterate once; `cancel` at any time."""
+
+    def __init__(self, record: Record, cancel: Callable[[Record], None]) -> None:
+        self._record = record
+        self._cancel = cancel
+
+    async def __aiter__(self) -> AsyncIterator[TokensEvent]:
+        while True:
+            event = await self._record.events.get()
+            if isinstance(event, EPDError):
+                raise event
+            yield event
+            if event.finish_reason is not None:
+                return
+
+    def cancel(self) -> None:
+        """Stop the request in every stage; idempotent."""
+        self._cancel(self._record)
