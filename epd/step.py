@@ -1,0 +1,97 @@
+"""What goes into an engine core and what one step brings, without tensors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from epd.request import FinishReason, SamplingParams, TokenOutput
+
+__all__ = [
+    "CoreStats",
+    "NewSequence",
+    "PrefillDone",
+    "SequenceFailure",
+    "SequenceToken",
+    "StepResult",
+]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NewSequence:
+    """A request to compute: one placeholder in the prompt and one content key per image.
+
+    `output_token_ids` is what an earlier attempt produced: generation continues after it with the
+    same token indices. With `handoff` the core stops after the first new token and holds the KV.
+    `deadline` is on the core's clock; work that still waits then never starts.
+    """
+
+    request_id: str
+    attempt: int
+    prompt_token_ids: list[int]
+    image_token_id: int | None
+    mm_keys: list[str]
+    sampling: SamplingParams
+    output_token_ids: list[int] = field(default_factory=list)
+    salt: str = ""
+    deadline: float | None = None
+    handoff: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceToken:
+    """One new token; `finish_reason` is set on the last one."""
+
+    request_id: str
+    attempt: int
+    output: TokenOutput
+    finish_reason: FinishReason | None
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceFailure:
+    """A request that ended in an error; everything it owned is freed."""
+
+    request_id: str
+    attempt: int
+    code: str
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillDone:
+    """A prompt was computed. Token counts cover the expanded prompt; times are in seconds."""
+
+    request_id: str
+    attempt: int
+    prompt_tokens: int
+    image_tokens: int
+    cached_tokens: int
+    queue_seconds: float
+    prefill_seconds: float
+
+
+@dataclass(slots=True)
+class StepResult:
+    """What one step brought. `handoffs` are held for `offer`; `evicted` must run elsewhere."""
+
+    tokens: list[SequenceToken] = field(default_factory=list)
+    handoffs: list[str] = field(default_factory=list)
+    evicted: list[str] = field(default_factory=list)
+    failed: list[SequenceFailure] = field(default_factory=list)
+    prefilled: list[PrefillDone] = field(default_factory=list)
+    num_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class CoreStats:
+    """Sequences per state, blocks, and running totals. Prefix counts are in tokens."""
+
+    waiting: int
+    running: int
+    reserved: int
+    held: int
+    blocks_total: int
+    blocks_free: int
+    prefix_hits: int
+    prefix_queries: int
+    preemptions: int
