@@ -1,0 +1,86 @@
+"""Methods by name. Importing this loads no torch; asking for a method loads that method only."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, fields
+from importlib import import_module
+from types import NoneType, UnionType
+from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from epd_pruning.errors import PruningError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from epd_pruning.base import TokenPruner
+
+__all__ = ["available", "fingerprint", "token_pruner"]
+
+# raise when a method's answers change although its hyper-parameters do not
+REVISION = 1
+
+_TOKEN_PRUNERS = {
+    "low_resolution": "epd_pruning.controls:LowResolution",
+    "random": "epd_pruning.controls:Random",
+    "uniform_stride": "epd_pruning.controls:UniformStride",
+}
+
+
+def available() -> tuple[str, ...]:
+    """Names that run before the LLM, sorted."""
+    return tuple(sorted(_TOKEN_PRUNERS))
+
+
+def token_pruner(name: str, params: Mapping[str, Any] | None = None) -> TokenPruner:
+    """The method `name` with `params` over its defaults; bad ones are a `PruningError`."""
+    pruner: TokenPruner = _build(_TOKEN_PRUNERS, name, params or {})
+    return pruner
+
+
+def fingerprint(pruner: TokenPruner) -> str:
+    """SHA-256 (hex) of name, revision and every hyper-parameter: a part of cache keys."""
+    told = {"method": pruner.name, "revision": REVISION, "params": asdict(pruner)}
+    canonical = json.dumps(told, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def _build(methods: Mapping[str, str], name: str, params: Mapping[str, Any]) -> Any:
+    if name not in methods:
+        raise PruningError("method", f"one of {', '.join(sorted(methods))}", name)
+    module, _, attribute = methods[name].partition(":")
+    cls = getattr(import_module(module), attribute)
+    hints = get_type_hints(cls)
+    known = {field.name: hints[field.name] for field in fields(cls)}
+    for key, value in params.items():
+        if key not in known:
+            takes = ", ".join(known) or "nothing"
+            raise PruningError(key, f"left out: {name} takes {takes}", value)
+        if not _fits(value, known[key]):
+            raise PruningError(key, f"of type {_spell(known[key])}", value)
+    return cls(**{key: _freeze(value) for key, value in params.items()})
+
+
+def _fits(value: object, hint: Any) -> bool:
+    """Whether `value`, as JSON gives it, is of the annotated type."""
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin in (Union, UnionType):
+        return any(_fits(value, part) for part in arguments)
+    if origin is Literal:
+        return any(value == choice and type(value) is type(choice) for choice in arguments)
+    if origin is tuple:
+        return isinstance(value, list | tuple) and all(_fits(v, arguments[0]) for v in value)
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    return type(value) is (NoneType if hint is None else hint)
+
+
+def _freeze(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _spell(hint: Any) -> str:
+    if get_origin(hint) is Literal:
+        return " | ".join(json.dumps(choice) for choice in get_args(hint))
+    return getattr(hint, "__name__", str(hint)) if get_origin(hint) is None else str(hint)
