@@ -1,0 +1,1 @@
+"""The processes around the engine: gateway, workers, supervisor, admin and command line."""

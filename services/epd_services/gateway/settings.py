@@ -1,0 +1,50 @@
+"""Limits of the gateway, from arguments or `EPD_…` environment variables."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic import Field
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+__all__ = ["GatewaySettings"]
+
+MiB = 1 << 20
+
+
+class GatewaySettings(BaseSettings):
+    """Every bound of the HTTP front. Sizes in bytes, times in seconds."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="EPD_", frozen=True, extra="ignore", env_ignore_empty=True
+    )
+
+    model_name: str | None = Field(None, description="name in /v1/models; None: the checkpoint's")
+    api_key_file: Path | None = Field(None, description="file with one API key a line")
+
+    max_body_bytes: int = Field(32 * MiB, ge=1024)
+    body_seconds: float = Field(30.0, gt=0)
+    max_headers: int = Field(100, ge=8)
+    max_header_bytes: int = Field(64 * 1024, ge=1024)
+    intake_bytes: int = Field(1024 * MiB, ge=MiB, description="bodies and pixels held at once")
+    max_connections: int = Field(2048, ge=1)
+
+    max_images: int = Field(8, ge=0)
+    max_image_bytes: int = Field(20 * MiB, ge=1024)
+    max_image_pixels: int = Field(40_000_000, ge=4)
+    decode_children: int = Field(2, ge=1, le=32)
+    decode_seconds: float = Field(2.0, gt=0)
+    decode_memory_bytes: int = Field(512 * MiB, ge=64 * MiB)
+    decode_queue: int = Field(1024, ge=1)
+
+    fetch_images: bool = Field(False, description="allow http(s) image URLs")
+    fetch_domains: tuple[str, ...] = Field((), description="only these hosts; empty: any public")
+    fetch_ports: tuple[int, ...] = (80, 443)
+    fetch_seconds: float = Field(5.0, gt=0)
+
+    request_seconds: float = Field(120.0, gt=0)
+    default_max_tokens: int = Field(256, ge=1)
+    default_temperature: float = Field(0.0, ge=0.0, le=2.0)
+
+    keepalive_seconds: float = Field(10.0, gt=0)
+    stream_buffer_bytes: int = Field(256 * 1024, ge=1024)
