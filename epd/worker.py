@@ -80,6 +80,7 @@ class Worker:
         core: EngineCore | None,
         clock: Callable[[], float],
         device: str = "cpu",
+        address: str | None = None,
         heartbeat: float = 0.25,
         orphan_after: float = 2.0,
     ) -> None:
@@ -87,6 +88,7 @@ class Worker:
         self._node = node
         self._facts = facts
         self._gateway = gateway
+        self._address = address or node.address
         self._cache = cache
         self._clock = clock
         self._heartbeat = heartbeat
@@ -229,7 +231,7 @@ class Worker:
         while True:
             facts = self._facts
             beat = Heartbeat(
-                address=self._node.address,
+                address=self._address,
                 revision=facts.revision,
                 encoder_revision=facts.encoder_revision,
                 dtype=facts.dtype,

@@ -126,7 +126,10 @@ class PipelineDispatcher:
             await asyncio.sleep(0.02)
         for record in list(self._records.values()):
             self._end(record, UnavailableError("the service is shutting down"))
-        for task in [*self._services, *self._tasks]:
+        services, self._services = self._services, []
+        if not services:
+            return
+        for task in [*services, *self._tasks]:
             task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await task
