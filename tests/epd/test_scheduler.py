@@ -360,7 +360,7 @@ def test_adoption_longer_than_the_pool_is_refused():
 
 
 ACTIONS = st.one_of(
-    st.tuples(st.just("add"), st.integers(1, 30), st.integers(1, 14)),
+    st.tuples(st.just("add"), st.integers(1, 20), st.integers(4, 20)),
     st.tuples(st.just("hand"), st.integers(1, 30), st.integers(2, 14)),
     st.tuples(st.just("adopt"), st.integers(2, 20), st.integers(2, 14)),
     st.tuples(st.just("cancel"), st.integers(0, 1000), st.just(0)),
@@ -375,13 +375,13 @@ ACTIONS = st.one_of(
 
 @settings(max_examples=150, deadline=None)
 @given(
-    num_blocks=st.integers(3, 14),
+    num_blocks=st.integers(5, 14),
     num_groups=st.integers(1, 2),
-    max_batched_tokens=st.integers(1, 24),
-    max_num_seqs=st.integers(1, 6),
+    max_batched_tokens=st.integers(4, 24),
+    max_num_seqs=st.integers(2, 6),
     chunked=st.booleans(),
     prefix=st.booleans(),
-    actions=st.lists(ACTIONS, max_size=60),
+    actions=st.lists(ACTIONS, min_size=50, max_size=100),
 )
 def test_random_lives(
     num_blocks: int,
