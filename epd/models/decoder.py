@@ -1,0 +1,205 @@
+"""The decoder: one definition for Llama, Mistral, Qwen2 and Qwen3 checkpoints.
+
+Tokens of all sequences are packed into one `[T, hidden]` batch; attention goes through a paged
+KV cache that the caller owns. It computes what transformers computes, operation for operation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from epd.models.checkpoint import Checkpoint, resolve_dtype
+from epd.models.layers import DecoderLayer, RMSNorm
+from epd.models.rope import inverse_frequencies, rope_angles
+from epd.models.text_config import DecoderConfig
+
+if TYPE_CHECKING:
+    from epd.models.card import ModelCard
+    from epd.models.context import ForwardContext
+
+__all__ = ["Decoder", "DecoderConfig"]
+
+_EMBED = "language_model.embed_tokens.weight"
+_HEAD = "lm_head.weight"
+
+
+class Decoder(nn.Module):
+    """Embedding, layers, final norm and head. Build it with `load` or `random`."""
+
+    inverse_frequency: torch.Tensor
+
+    def __init__(
+        self, config: DecoderConfig, device: torch.device | str, dtype: torch.dtype
+    ) -> None:
+        super().__init__()
+        self.config = config
+        shape = (config.vocab_size, config.hidden_size)
+        self.embedding = nn.Parameter(torch.empty(shape, dtype=dtype, device="meta"))
+        self.layers = nn.ModuleList(
+            DecoderLayer(config, dtype=dtype) for _ in range(config.num_layers)
+        )
+        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps, dtype=dtype)
+        self.head: nn.Parameter | None = None
+        if not config.tie_word_embeddings:
+            self.head = nn.Parameter(torch.empty(shape, dtype=dtype, device="meta"))
+        self.to_empty(device=device)
+        self.requires_grad_(False)
+        frequency = inverse_frequencies(config.rope, config.head_dim)
+        self.register_buffer("inverse_frequency", frequency.to(device), persistent=False)
+
+    @classmethod
+    def load(
+        cls, card: ModelCard, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+    ) -> Decoder:
+        """The decoder of a checkpoint; no vision weight is read. Raises `CheckpointError`."""
+        decoder = cls(card.text, device, resolve_dtype(device, dtype))
+        with Checkpoint(card) as checkpoint:
+            for target, name in decoder._sources():
+                checkpoint.fill(target, name)
+            decoder._load_vocabulary(checkpoint)
+        return decoder
+
+    @classmethod
+    def random(
+        cls,
+        config: DecoderConfig,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype | None = None,
+        seed: int = 0,
+    ) -> Decoder:
+        """A decoder of the given shape with seeded random weights, made in place on `device`."""
+        decoder = cls(config, device, resolve_dtype(device, dtype))
+        generator = torch.Generator(device).manual_seed(seed)
+        for name, parameter in decoder.named_parameters():
+            if name.endswith("norm.weight"):
+                parameter.fill_(1.0)
+            else:
+                parameter.normal_(0.0, 0.02, generator=generator)
+        return decoder
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of weights and hidden states."""
+        return self.embedding.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.embedding.device
+
+    def resident_bytes(self) -> int:
+        """Bytes that the weights hold."""
+        return sum(p.numel() * p.element_size() for p in self.parameters())
+
+    def embed(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Hidden states `[T, hidden]` of `input_ids [T]`, each below `vocab_size`."""
+        return functional.embedding(input_ids, self.embedding)
+
+    def forward(
+        self, hidden: torch.Tensor, positions: torch.Tensor, context: ForwardContext
+    ) -> torch.Tensor:
+        """`[T, hidden]` after all layers and the final norm; `positions` is int64 `[T]`."""
+        delta, residual = self._run(hidden, positions, context, 0, len(self.layers))
+        return self.norm.after_add(delta, residual)[0]
+
+    def run_layers(
+        self,
+        hidden: torch.Tensor,
+        positions: torch.Tensor,
+        context: ForwardContext,
+        start: int,
+        stop: int,
+    ) -> torch.Tensor:
+        """The residual stream `[T, hidden]` after layers `start` to `stop - 1`, not normed."""
+        if start == stop:
+            return hidden
+        delta, residual = self._run(hidden, positions, context, start, stop)
+        return delta + residual
+
+    def final_norm(self, hidden: torch.Tensor) -> torch.Tensor:
+        """What `forward` does after the last layer: `[T, hidden]`, ready for `logits`."""
+        normed: torch.Tensor = self.norm(hidden)
+        return normed
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """fp32 scores `[S, vocab]` of normed hidden states `[S, hidden]`."""
+        head = self.embedding if self.head is None else self.head
+        return functional.linear(hidden, head).float()
+
+    def _run(
+        self,
+        hidden: torch.Tensor,
+        positions: torch.Tensor,
+        context: ForwardContext,
+        start: int,
+        stop: int,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The last layer's output and the residual it is still to be added to.
+
+        Kept apart so that each addition is fused with the norm that follows it.
+        """
+        cos, sin = rope_angles(positions, self.inverse_frequency, hidden.dtype)
+        delta: torch.Tensor | None = None
+        residual = hidden
+        for index in range(start, stop):
+            layer = self.layers[index]
+            assert isinstance(layer, DecoderLayer)
+            if delta is None:
+                x = layer.input_norm(residual)
+            else:
+                x, residual = layer.input_norm.after_add(delta, residual)
+            x = layer.attention(x, cos, sin, context, index)
+            x, residual = layer.post_attention_norm.after_add(x, residual)
+            delta = layer.feed_forward(x)
+        assert delta is not None, "at least one layer"
+        return delta, residual
+
+    def _sources(self) -> Iterator[tuple[torch.Tensor, str]]:
+        """Every parameter, or the rows of a fused one, with the checkpoint tensor it comes from."""
+        yield self.norm.weight, "language_model.norm.weight"
+        for index, layer in enumerate(self.layers):
+            assert isinstance(layer, DecoderLayer)
+            prefix = f"language_model.layers.{index}."
+            yield layer.input_norm.weight, prefix + "input_layernorm.weight"
+            yield layer.post_attention_norm.weight, prefix + "post_attention_layernorm.weight"
+            attention, mlp = layer.attention, layer.feed_forward
+            widths = [count * attention.head_dim for count in attention.heads]
+            names = [prefix + f"self_attn.{name}" for name in ("q_proj", "k_proj", "v_proj")]
+            yield from _rows(attention.qkv_proj, names, widths)
+            yield from _rows(attention.o_proj, [prefix + "self_attn.o_proj"], [-1])
+            if attention.q_norm is not None and attention.k_norm is not None:
+                yield attention.q_norm.weight, prefix + "self_attn.q_norm.weight"
+                yield attention.k_norm.weight, prefix + "self_attn.k_norm.weight"
+            inner = self.config.intermediate_size
+            names = [prefix + f"mlp.{name}" for name in ("gate_proj", "up_proj")]
+            yield from _rows(mlp.gate_up_proj, names, [inner, inner])
+            yield from _rows(mlp.down_proj, [prefix + "mlp.down_proj"], [-1])
+
+    def _load_vocabulary(self, checkpoint: Checkpoint) -> None:
+        """Embedding and head. Tied ones are stored once, or twice if training drove them apart."""
+        if self.head is not None:
+            checkpoint.fill(self.embedding, _EMBED)
+            checkpoint.fill(self.head, _HEAD)
+            return
+        checkpoint.fill(self.embedding, _EMBED if _EMBED in checkpoint else _HEAD)
+        if _EMBED in checkpoint and _HEAD in checkpoint:
+            head = torch.empty_like(self.embedding)
+            checkpoint.fill(head, _HEAD)
+            if not torch.equal(head, self.embedding):
+                self.head = nn.Parameter(head, requires_grad=False)
+
+
+def _rows(
+    linear: nn.Linear, names: list[str], widths: list[int]
+) -> Iterator[tuple[torch.Tensor, str]]:
+    """Row ranges of a fused linear layer, in the order its parts are laid out."""
+    for kind in ("weight", "bias"):
+        parameter = getattr(linear, kind)
+        if parameter is not None:
+            parts = [parameter] if len(widths) == 1 else parameter.split(widths)
+            yield from zip(parts, (f"{name}.{kind}" for name in names), strict=True)

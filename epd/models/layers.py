@@ -1,0 +1,106 @@
+"""The layers of a Llama-family decoder over packed tokens and a paged KV cache."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from epd_kernels import add_rms_norm, apply_rope, paged_attention, rms_norm, silu_mul, store_kv
+from torch import nn
+
+if TYPE_CHECKING:
+    from epd.models.context import ForwardContext
+    from epd.models.text_config import DecoderConfig
+
+__all__ = ["Attention", "DecoderLayer", "FeedForward", "RMSNorm"]
+
+
+def _linear(inputs: int, outputs: int, bias: bool, dtype: torch.dtype) -> nn.Linear:
+    """A linear layer without storage; the decoder allocates all layers at once on its device."""
+    return nn.Linear(inputs, outputs, bias=bias, dtype=dtype, device="meta")
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm, alone or after adding the residual."""
+
+    def __init__(self, width: int, *, eps: float, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(width, dtype=dtype, device="meta"))
+        self.eps = eps
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """`x [..., width]`, normalised and scaled."""
+        return rms_norm(x, self.weight, self.eps)
+
+    def after_add(
+        self, x: torch.Tensor, residual: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The norm of `x + residual`, and the sum."""
+        return add_rms_norm(x, residual, self.weight, self.eps)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with one fused qkv projection."""
+
+    def __init__(self, config: DecoderConfig, *, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.head_dim = config.head_dim
+        self.heads = (config.num_heads, config.num_kv_heads, config.num_kv_heads)
+        self.scale = config.head_dim**-0.5
+        hidden, q_width = config.hidden_size, config.num_heads * config.head_dim
+        self.qkv_proj = _linear(hidden, sum(self.heads) * config.head_dim, config.qkv_bias, dtype)
+        self.o_proj = _linear(q_width, hidden, config.o_bias, dtype)
+        self.q_norm = self.k_norm = None
+        if config.qk_norm:
+            self.q_norm = RMSNorm(config.head_dim, eps=config.rms_norm_eps, dtype=dtype)
+            self.k_norm = RMSNorm(config.head_dim, eps=config.rms_norm_eps, dtype=dtype)
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        context: ForwardContext,
+        layer: int,
+    ) -> torch.Tensor:
+        """Attention output `[T, hidden]` of `x [T, hidden]`; keys and values enter the cache."""
+        qkv = self.qkv_proj(x).view(len(x), -1, self.head_dim)
+        q, k, v = qkv.split(self.heads, dim=1)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = apply_rope(q, k, cos, sin)
+        batch = context.groups[context.layer_group[layer]]
+        k_cache, v_cache = context.kv.layer(layer)
+        store_kv(k, v, k_cache, v_cache, batch.slot_mapping)
+        out = paged_attention(
+            q, k_cache, v_cache, block_tables=batch.block_tables, cu_seqlens_q=batch.cu_seqlens_q,
+            seq_lens=batch.seq_lens, scale=self.scale, max_seqlen_q=batch.max_seqlen_q,
+            max_seqlen_k=batch.max_seqlen_k,
+        )  # fmt: skip
+        return self.o_proj(out.reshape(len(x), -1))  # type: ignore[no-any-return]
+
+
+class FeedForward(nn.Module):
+    """SwiGLU with gate and up projected together."""
+
+    def __init__(self, config: DecoderConfig, *, dtype: torch.dtype) -> None:
+        super().__init__()
+        hidden, inner = config.hidden_size, config.intermediate_size
+        self.gate_up_proj = _linear(hidden, 2 * inner, config.mlp_bias, dtype)
+        self.down_proj = _linear(inner, hidden, config.mlp_bias, dtype)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """`[T, hidden]` from `[T, hidden]`."""
+        return self.down_proj(silu_mul(self.gate_up_proj(x)))  # type: ignore[no-any-return]
+
+
+class DecoderLayer(nn.Module):
+    """Attention and feed-forward, each behind a norm and added to the residual stream."""
+
+    def __init__(self, config: DecoderConfig, *, dtype: torch.dtype) -> None:
+        super().__init__()
+        eps, hidden = config.rms_norm_eps, config.hidden_size
+        self.input_norm = RMSNorm(hidden, eps=eps, dtype=dtype)
+        self.attention = Attention(config, dtype=dtype)
+        self.post_attention_norm = RMSNorm(hidden, eps=eps, dtype=dtype)
+        self.feed_forward = FeedForward(config, dtype=dtype)

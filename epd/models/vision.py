@@ -1,0 +1,175 @@
+"""The vision side: image processor, vision tower and projector of transformers.
+
+`encode` gives what `LlavaModel.get_image_features` gives for the pixels that the checkpoint's own
+processor makes. Preprocessing always takes the Pillow backend, so that pixels do not depend on
+whether torchvision is installed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from epd.errors import MediaError
+from epd.models.checkpoint import Checkpoint, canonical_name, resolve_dtype
+from epd.models.files import problem
+from epd.models.pixels import ImageProcessor
+
+if TYPE_CHECKING:
+    from epd.models.card import ModelCard
+
+__all__ = ["VisionEncoder"]
+
+_TOWERS = ("clip_vision_model", "siglip_vision_model")
+
+
+class VisionEncoder:
+    """Images in, vision tokens out. Build it with `load` or `random`."""
+
+    def __init__(self, card: ModelCard, device: torch.device | str, dtype: torch.dtype) -> None:
+        self._config = _llava_config(card)
+        self._layers = _feature_layers(self._config)
+        self.tower, self.projector = _modules(self._config, max(self._layers), dtype)
+        for module in (self.tower, self.projector):
+            module.to_empty(device=device)
+            module.requires_grad_(False).eval()
+        _restore_position_ids(self.tower)
+        self._processor = ImageProcessor(card, self._config.vision_config.image_size)
+        self.device, self.dtype = torch.device(device), dtype
+
+    @classmethod
+    def load(
+        cls, card: ModelCard, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+    ) -> VisionEncoder:
+        """The vision encoder of a checkpoint; no decoder weight is read."""
+        encoder = cls(card, device, resolve_dtype(device, dtype))
+        with Checkpoint(card) as checkpoint:
+            for target, name in encoder._parameters():
+                checkpoint.fill(target, name)
+        return encoder
+
+    @classmethod
+    def random(
+        cls,
+        card: ModelCard,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype | None = None,
+        seed: int = 0,
+    ) -> VisionEncoder:
+        """An encoder of the card's shape with seeded random weights, made in place on `device`."""
+        encoder = cls(card, device, resolve_dtype(device, dtype))
+        generator = torch.Generator(device).manual_seed(seed)
+        for parameter, name in encoder._parameters():
+            if "norm" in name or "layrnorm" in name:
+                parameter.fill_(float(name.endswith("weight")))
+            else:
+                parameter.normal_(0.0, 0.02, generator=generator)
+        return encoder
+
+    def num_tokens(self, width: int, height: int) -> int:
+        """Vision tokens of an image of this size; a LLaVA resizes every image to one size."""
+        if width < 1 or height < 1:
+            raise MediaError("an image needs at least one pixel")
+        vision = self._config.vision_config
+        tokens: int = (vision.image_size // vision.patch_size) ** 2
+        tokens += vision.model_type == "clip_vision_model"
+        return tokens - (self._config.vision_feature_select_strategy == "default")
+
+    def resident_bytes(self) -> int:
+        """Bytes that the weights hold."""
+        return sum(p.numel() * p.element_size() for p, _ in self._parameters())
+
+    def pixels(self, images: Sequence[np.ndarray[Any, np.dtype[np.uint8]]]) -> torch.Tensor:
+        """`[N, 3, S, S]` fp32 on the host, as the checkpoint's processor makes them.
+
+        `images` are uint8 RGB `[H, W, 3]` of any size. Raises `MediaError` for anything else.
+        """
+        return self._processor(images)
+
+    def encode(
+        self, images: Sequence[np.ndarray[Any, np.dtype[np.uint8]]], *, batch_size: int = 32
+    ) -> list[torch.Tensor]:
+        """The vision tokens `[num_tokens, hidden]` of each image, `batch_size` images at a time."""
+        features: list[torch.Tensor] = []
+        for start in range(0, len(images), batch_size):
+            pixels = self.pixels(images[start : start + batch_size])
+            features.extend(self.encode_pixels(pixels.to(self.device, self.dtype)))
+        return features
+
+    @torch.no_grad()
+    def encode_pixels(self, pixels: torch.Tensor) -> torch.Tensor:
+        """`[N, num_tokens, hidden]` of processed pixels `[N, 3, S, S]`."""
+        states = self.tower(pixel_values=pixels, output_hidden_states=True).hidden_states
+        first = 1 if self._config.vision_feature_select_strategy == "default" else 0
+        chosen = [states[layer][:, first:] for layer in self._layers]
+        projected: torch.Tensor = self.projector(torch.cat(chosen, dim=-1))
+        return projected
+
+    def _parameters(self) -> list[tuple[torch.Tensor, str]]:
+        """Every parameter with its canonical checkpoint name."""
+        parts = (("vision_tower", self.tower), ("multi_modal_projector", self.projector))
+        return [
+            (parameter, canonical_name(f"{prefix}.{name}"))
+            for prefix, module in parts
+            for name, parameter in module.named_parameters()
+        ]
+
+
+def _llava_config(card: ModelCard) -> Any:
+    from transformers import LlavaConfig
+
+    try:
+        config = LlavaConfig.from_dict(dict(card.config))
+    except Exception as error:  # transformers validates with whatever type is at hand
+        raise _unsupported(card, f"transformers rejects it ({type(error).__name__})") from None
+    vision = config.vision_config
+    if vision.model_type not in _TOWERS:
+        raise _unsupported(card, f"vision tower {vision.model_type}; supported: {_TOWERS}")
+    if vision.image_size % vision.patch_size:
+        raise _unsupported(card, "image_size is not a multiple of patch_size")
+    layers, last = _feature_layers(config), vision.num_hidden_layers
+    if not layers or not all(0 <= layer <= last for layer in layers):
+        raise _unsupported(card, "vision_feature_layer is outside the vision tower")
+    return config
+
+
+def _unsupported(card: ModelCard, why: str) -> Exception:
+    return problem(f"Cannot serve the vision side of {card.name}.", f"config.json: {why[:300]}.",
+                   "Use a LLaVA checkpoint with a CLIP or SigLIP vision tower.")  # fmt: skip
+
+
+def _feature_layers(config: Any) -> list[int]:
+    """Indices into the hidden states (0 is the embedding), negative ones counted from the end."""
+    said = config.vision_feature_layer
+    depth = config.vision_config.num_hidden_layers + 1
+    return [
+        layer + depth if layer < 0 else layer for layer in ([said] if type(said) is int else said)
+    ]
+
+
+def _modules(config: Any, depth: int, dtype: torch.dtype) -> tuple[nn.Module, nn.Module]:
+    """Tower and projector without storage; layers above the ones that are read are left out."""
+    from transformers import AutoModel
+    from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
+
+    vision = config.vision_config
+    vision.vision_use_head = False
+    with torch.device("meta"):
+        tower = AutoModel.from_config(vision, dtype=dtype)
+        projector = LlavaMultiModalProjector(config).to(dtype)
+    encoder = tower.get_submodule(
+        "encoder" if hasattr(tower, "encoder") else "vision_model.encoder"
+    )
+    encoder.layers = encoder.layers[: max(depth, 1)]
+    return tower, projector
+
+
+def _restore_position_ids(tower: nn.Module) -> None:
+    """Refill the one kind of buffer, which is not part of a checkpoint."""
+    for name, buffer in tower.named_buffers():
+        assert name.endswith("position_ids"), f"unknown buffer {name}"
+        buffer.copy_(torch.arange(buffer.shape[-1]).expand(buffer.shape))
