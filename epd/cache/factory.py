@@ -21,7 +21,6 @@ __all__ = ["open_cache"]
 
 _SCHEMES = ("redis", "rediss", "unix", "memory")
 _OPTIONS = ("db", "user", "password_file")
-_TIMEOUT = 0.2
 
 
 def open_cache(
@@ -30,15 +29,17 @@ def open_cache(
     max_bytes: int = 256 << 20,
     max_entry_bytes: int = 32 << 20,
     ttl: float = 3600.0,
+    timeout: float = 0.2,
     allow_no_password: bool = False,
     clock: Callable[[], float] = time.monotonic,
 ) -> TokenCache:
-    """The cache that `url` names; None and `memory://` stay in this process.
+    """The cache that `url` names; no URL and `memory://` stay in this process.
 
     `redis://[user:password@]host[:port]`, `rediss://` (TLS) and `unix:///path/to/socket` take the
     options `?db=`, `user=` and `password_file=`; the file keeps the password out of command lines.
-    `max_bytes` bounds the memory cache; a server has its own limit. Raises `ConfigError` for a URL
-    that cannot work, and for another host without a password unless `allow_no_password`.
+    `max_bytes` bounds the memory cache; a server has its own limit. `timeout` bounds the seconds
+    that one call to a server may cost. Raises `ConfigError` for a URL that cannot work, and for
+    another host without a password unless `allow_no_password`.
     """
     parts = _split(url or "memory://")
     if parts.scheme == "memory":
@@ -51,7 +52,14 @@ def open_cache(
             "the token cache is on another host and its URL has no password; "
             "add one (redis://:PASSWORD@host) or allow it explicitly"
         )
-    return _connect(parts.scheme, arguments, ttl=ttl, max_entry_bytes=max_entry_bytes, clock=clock)
+    return _connect(
+        parts.scheme,
+        arguments,
+        ttl=ttl,
+        max_entry_bytes=max_entry_bytes,
+        timeout=timeout,
+        clock=clock,
+    )
 
 
 def _split(url: str) -> SplitResult:
@@ -123,6 +131,7 @@ def _connect(
     *,
     ttl: float,
     max_entry_bytes: int,
+    timeout: float,
     clock: Callable[[], float],
 ) -> RedisCache:
     from redis.asyncio import (
@@ -143,8 +152,8 @@ def _connect(
     }  # fmt: skip
     # the client's own retries would wait for seconds on a server that is gone
     settings: dict[str, Any] = {
-        "socket_timeout": _TIMEOUT,
-        "socket_connect_timeout": _TIMEOUT,
+        "socket_timeout": timeout,
+        "socket_connect_timeout": timeout,
         "retry": Retry(NoBackoff(), 0),
         "retry_on_error": [],
         "protocol": 2,
@@ -156,6 +165,6 @@ def _connect(
         make_client.from_pool(pool),
         ttl=ttl,
         max_entry_bytes=max_entry_bytes,
-        timeout=_TIMEOUT,
+        timeout=timeout,
         breaker=Breaker(clock=clock),
     )

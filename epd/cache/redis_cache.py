@@ -77,6 +77,7 @@ class RedisCache:
         self._drained.set()
         self._writer: asyncio.Task[None] | None = None
         self._prober: asyncio.Task[None] | None = None
+        self._accepts = True
         self._closed = False
         self.counters = CacheStats()
 
@@ -110,7 +111,7 @@ class RedisCache:
             return
         entries, size = self._queue_limits
         full = len(self._queue) >= entries or self.counters.pending_bytes + value.num_bytes > size
-        if full or self._closed or not self._breaker.admits():
+        if full or not self._accepts or not self._breaker.admits():
             self.counters.dropped += 1
             return
         self._queue[key] = value
@@ -173,10 +174,11 @@ class RedisCache:
 
     async def close(self) -> None:
         """Flush for up to a second, then stop the tasks and close the connections."""
-        self._closed = True
+        self._accepts = False
         with suppress(TimeoutError):
             async with asyncio.timeout(_CLOSE_SECONDS):
                 await self.flush()
+        self._closed = True
         tasks = [task for task in (self._writer, self._prober) if task is not None]
         for task in tasks:
             task.cancel()
