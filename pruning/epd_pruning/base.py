@@ -124,7 +124,11 @@ class TokenPruner(ABC):
 
     name: ClassVar[str]
     prefix: ClassVar[bool] = True
-    image_needs: ClassVar[frozenset[str]] = frozenset()
+
+    @property
+    def image_needs(self) -> frozenset[str]:
+        """Per-token tensors besides the embeddings that `rank_image` reads."""
+        return frozenset()
 
     @property
     def query_needs(self) -> frozenset[str]:

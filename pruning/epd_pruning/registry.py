@@ -22,9 +22,17 @@ __all__ = ["available", "fingerprint", "token_pruner"]
 REVISION = 1
 
 _TOKEN_PRUNERS = {
+    "cdpruner": "epd_pruning.cdpruner:CDPruner",
+    "dart": "epd_pruning.dart:Dart",
+    "divprune": "epd_pruning.divprune:DivPrune",
+    "dpp": "epd_pruning.cdpruner:Diverse",
     "low_resolution": "epd_pruning.controls:LowResolution",
     "random": "epd_pruning.controls:Random",
+    "relevance": "epd_pruning.relevance:RelevanceOnly",
+    "script": "epd_pruning.script:Script",
     "uniform_stride": "epd_pruning.controls:UniformStride",
+    "visionzip": "epd_pruning.visionzip:VisionZip",
+    "vispruner": "epd_pruning.vispruner:VisPruner",
 }
 
 
@@ -59,7 +67,7 @@ def _build(methods: Mapping[str, str], name: str, params: Mapping[str, Any]) -> 
             raise PruningError(key, f"left out: {name} takes {takes}", value)
         if not _fits(value, known[key]):
             raise PruningError(key, f"of type {_spell(known[key])}", value)
-    return cls(**{key: _freeze(value) for key, value in params.items()})
+    return cls(**{key: _convert(value, known[key]) for key, value in params.items()})
 
 
 def _fits(value: object, hint: Any) -> bool:
@@ -76,8 +84,12 @@ def _fits(value: object, hint: Any) -> bool:
     return type(value) is (NoneType if hint is None else hint)
 
 
-def _freeze(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
+def _convert(value: Any, hint: Any) -> Any:
+    """JSON's list as a tuple, its 2 as 2.0 for a float: equal settings fingerprint alike."""
+    if isinstance(value, list):
+        return tuple(value)
+    floats = hint is float or (float in get_args(hint) and int not in get_args(hint))
+    return float(value) if floats and isinstance(value, int) else value
 
 
 def _spell(hint: Any) -> str:

@@ -37,9 +37,16 @@ def unit_rows(x: Tensor) -> Tensor:
 
 
 def cosine_matrix(x: Tensor, y: Tensor | None = None) -> Tensor:
-    """Cosines [..., N, M] between the rows of `x` and of `y` (of `x` itself by default)."""
+    """Cosines [..., N, M] between the rows of `x` and of `y` (of `x` itself by default).
+
+    A row's cosine to itself is exactly 1 (0 for a zero row), so that rounding decides no argmax.
+    """
     rows = unit_rows(x)
-    return rows @ (rows if y is None else unit_rows(y)).mT
+    if y is not None:
+        return rows @ unit_rows(y).mT
+    cosines = rows @ rows.mT
+    cosines.diagonal(dim1=-2, dim2=-1).copy_((rows != 0).any(-1))
+    return cosines
 
 
 def stable_top_k(scores: Tensor, count: int, *, largest: bool = True) -> Tensor:
