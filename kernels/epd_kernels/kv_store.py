@@ -6,8 +6,6 @@ the token is padding (or its KV lives elsewhere) and nothing is written.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from .launch import jit, next_power_of_2, row_warps, tl

@@ -7,6 +7,7 @@ which is how the tests exercise them without a GPU.
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -22,15 +23,22 @@ except ImportError:
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["INTERPRETED", "AttentionConfig", "DeviceFacts", "attention_config", "device_facts",
-           "jit", "next_power_of_2", "row_warps", "tl", "triton"]  # fmt: skip
+__all__ = ["INTERPRETED", "AttentionConfig", "DeviceFacts", "GemmConfig", "attention_config",
+           "device_facts", "gemm_config", "jit", "next_power_of_2", "previous_power_of_2",
+           "row_warps", "tl", "triton"]  # fmt: skip
 
 INTERPRETED = triton is not None and bool(triton.knobs.runtime.interpret)
 
 
 def jit(kernel: Callable[..., Any]) -> Any:
-    """The compiled (or interpreted) kernel; the function itself on a host without Triton."""
-    return kernel if triton is None else triton.jit(kernel)
+    """The compiled (or interpreted) kernel; the function itself on a host without Triton.
+
+    A parameter called M varies from step to step: no variant is compiled for its value.
+    """
+    if triton is None:
+        return kernel
+    varying = [name for name in inspect.signature(kernel).parameters if name == "M"]
+    return triton.jit(kernel, do_not_specialize=varying)
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +56,11 @@ def device_facts(device: torch.device) -> DeviceFacts:
         return DeviceFacts(arch=0, num_sms=4)
     properties = torch.cuda.get_device_properties(device)
     return DeviceFacts(properties.major * 10 + properties.minor, properties.multi_processor_count)
+
+
+def previous_power_of_2(n: int) -> int:
+    """The greatest power of two that is at most `n`, and 1 below that."""
+    return 1 << max(n.bit_length() - 1, 0)
 
 
 def next_power_of_2(n: int) -> int:
@@ -86,3 +99,29 @@ def attention_config(
     if arch >= 90:
         return AttentionConfig(max(128, next_power_of_2(rows)), 64, 8 if wide else 4, 3)
     return AttentionConfig(max(64, next_power_of_2(rows)), 32 if wide else 64, 4, 2)
+
+
+@dataclass(frozen=True, slots=True)
+class GemmConfig:
+    """Weight rows and tokens per tile, spans of K, warps and pipeline stages of a GEMM."""
+
+    block_n: int
+    block_m: int
+    splits: int
+    num_warps: int
+    num_stages: int
+
+
+def gemm_config(device: torch.device, *, M: int, N: int, K: int) -> GemmConfig:
+    """The launch configuration of a four-bit GEMM: K is split until the device is filled once.
+
+    A token tile has at least 16 columns, below which the tensor cores are not used, and a split
+    at least 512 input features.
+    """
+    if INTERPRETED:
+        return GemmConfig(32, 16, 2 if K >= 1024 else 1, 4, 1)
+    block_m = min(max(16, next_power_of_2(M)), 128)
+    block_n = 128 if block_m < 128 else 64
+    tiles = -(-N // block_n) * -(-M // block_m)
+    splits = previous_power_of_2(min(device_facts(device).num_sms // tiles, K // 512))
+    return GemmConfig(block_n, block_m, splits, 4, 4)

@@ -10,8 +10,6 @@ next residual: one read of x and r, one write of y and r'.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from .launch import jit, next_power_of_2, row_warps, tl
@@ -49,8 +47,9 @@ def add_rms_norm_ref(
 
 @jit
 def _rms_norm_kernel(
-    x: tl.tensor, residual: tl.tensor, weight: tl.tensor, out: tl.tensor, total: tl.tensor, stride_t: tl.tensor, stride_h: tl.tensor,
-    heads: tl.tensor, eps: tl.tensor, D: tl.constexpr, BLOCK_D: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
+    x: tl.tensor, residual: tl.tensor, weight: tl.tensor, out: tl.tensor, total: tl.tensor,
+    stride_t: tl.tensor, stride_h: tl.tensor, heads: tl.tensor, eps: tl.tensor, D: tl.constexpr,
+    BLOCK_D: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
 ) -> None:  # fmt: skip
     """One row per program; row r is token r // heads, head r % heads. Outputs are contiguous."""
     i_row = tl.program_id(0).to(tl.int64)

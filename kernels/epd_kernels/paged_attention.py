@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from .launch import attention_config, device_facts, jit, next_power_of_2, tl
+from .launch import attention_config, device_facts, jit, next_power_of_2, previous_power_of_2, tl
 
 __all__ = ["paged_attention", "paged_attention_ref"]
 
@@ -124,9 +124,10 @@ def _decode_ref(
 
 @jit
 def _attend(
-    b_q: tl.tensor, o_limit: tl.tensor, table: tl.tensor, k_cache: tl.tensor, v_cache: tl.tensor, stride_block: tl.tensor,
-    stride_row: tl.tensor, scale_log2: tl.tensor, start: tl.tensor, end: tl.tensor, block_size: tl.tensor,
-    D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    b_q: tl.tensor, o_limit: tl.tensor, table: tl.tensor, k_cache: tl.tensor, v_cache: tl.tensor,
+    stride_block: tl.tensor, stride_row: tl.tensor, scale_log2: tl.tensor, start: tl.tensor,
+    end: tl.tensor, block_size: tl.tensor, D: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ) -> tl.tensor:  # fmt: skip
     """(m, l, out) of rows `b_q` over positions [start, end), row r seeing p <= o_limit[r].
 
@@ -159,11 +160,11 @@ def _attend(
 
 @jit
 def _prefill_kernel(
-    q: tl.tensor, k_cache: tl.tensor, v_cache: tl.tensor, out: tl.tensor, block_tables: tl.tensor, cu_seqlens_q: tl.tensor,
-    seq_lens: tl.tensor, scale_log2: tl.tensor, q_stride_t: tl.tensor, q_stride_h: tl.tensor, stride_block: tl.tensor,
-    stride_row: tl.tensor, stride_head: tl.tensor, table_stride: tl.tensor, block_size: tl.tensor,
-    GROUP: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    q: tl.tensor, k_cache: tl.tensor, v_cache: tl.tensor, out: tl.tensor, block_tables: tl.tensor,
+    cu_seqlens_q: tl.tensor, seq_lens: tl.tensor, scale_log2: tl.tensor, q_stride_t: tl.tensor,
+    q_stride_h: tl.tensor, stride_block: tl.tensor, stride_row: tl.tensor, stride_head: tl.tensor,
+    table_stride: tl.tensor, block_size: tl.tensor, GROUP: tl.constexpr, D: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ) -> None:  # fmt: skip
     """BLOCK_M // GROUP queries of one sequence and KV head; row r is query r // GROUP."""
     TILE: tl.constexpr = BLOCK_M // GROUP
@@ -194,9 +195,10 @@ def _prefill_kernel(
 
 @jit
 def _decode_kernel(
-    q: tl.tensor, k_cache: tl.tensor, v_cache: tl.tensor, out: tl.tensor, partial: tl.tensor, stats: tl.tensor, block_tables: tl.tensor,
-    cu_seqlens_q: tl.tensor, seq_lens: tl.tensor, scale_log2: tl.tensor, q_stride_t: tl.tensor, q_stride_h: tl.tensor,
-    stride_block: tl.tensor, stride_row: tl.tensor, stride_head: tl.tensor, table_stride: tl.tensor, block_size: tl.tensor,
+    q: tl.tensor, k_cache: tl.tensor, v_cache: tl.tensor, out: tl.tensor, partial: tl.tensor,
+    stats: tl.tensor, block_tables: tl.tensor, cu_seqlens_q: tl.tensor, seq_lens: tl.tensor,
+    scale_log2: tl.tensor, q_stride_t: tl.tensor, q_stride_h: tl.tensor, stride_block: tl.tensor,
+    stride_row: tl.tensor, stride_head: tl.tensor, table_stride: tl.tensor, block_size: tl.tensor,
     GROUP: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr, SPLITS: tl.constexpr,
 ) -> None:  # fmt: skip
@@ -300,6 +302,9 @@ def paged_attention_triton(
 
 
 def num_splits(device: torch.device, programs: int, max_seqlen_k: int) -> int:
-    """Splits per sequence: enough to fill the device twice, none shorter than 512 positions."""
-    wanted = -(-2 * device_facts(device).num_sms // max(programs, 1))
-    return max(1, min(wanted, -(-max_seqlen_k // _MIN_SPLIT)))
+    """Splits per sequence: up to two programs per multiprocessor, at least 512 positions each.
+
+    A power of two, which keeps the number of compiled kernels small.
+    """
+    wanted = 2 * device_facts(device).num_sms // max(programs, 1)
+    return previous_power_of_2(min(wanted, max_seqlen_k // _MIN_SPLIT))

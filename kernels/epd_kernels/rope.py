@@ -11,8 +11,6 @@ the same op: the caller chooses the angles.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from .launch import jit, next_power_of_2, row_warps, tl
@@ -43,9 +41,9 @@ def _swap_halves(x: torch.Tensor) -> torch.Tensor:
 
 @jit
 def _rotate(
-    x: tl.tensor, out: tl.tensor, stride_t: tl.tensor, stride_h: tl.tensor, i_t: tl.tensor, b_cos1: tl.tensor, b_cos2: tl.tensor,
-    b_sin1: tl.tensor, b_sin2: tl.tensor, HEADS: tl.constexpr, HALF: tl.constexpr,
-    BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr,
+    x: tl.tensor, out: tl.tensor, stride_t: tl.tensor, stride_h: tl.tensor, i_t: tl.tensor,
+    b_cos1: tl.tensor, b_cos2: tl.tensor, b_sin1: tl.tensor, b_sin2: tl.tensor, HEADS: tl.constexpr,
+    HALF: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr,
 ) -> None:  # fmt: skip
     """Rotate every head of one token of `x` into the contiguous `out`."""
     o_h = tl.arange(0, BLOCK_H)[:, None]
@@ -62,9 +60,10 @@ def _rotate(
 
 @jit
 def _rope_kernel(
-    q: tl.tensor, k: tl.tensor, cos: tl.tensor, sin: tl.tensor, q_out: tl.tensor, k_out: tl.tensor, q_stride_t: tl.tensor, q_stride_h: tl.tensor,
-    k_stride_t: tl.tensor, k_stride_h: tl.tensor, HEADS: tl.constexpr, KV_HEADS: tl.constexpr,
-    HALF: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_KV: tl.constexpr, BLOCK_D: tl.constexpr,
+    q: tl.tensor, k: tl.tensor, cos: tl.tensor, sin: tl.tensor, q_out: tl.tensor, k_out: tl.tensor,
+    q_stride_t: tl.tensor, q_stride_h: tl.tensor, k_stride_t: tl.tensor, k_stride_h: tl.tensor,
+    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HALF: tl.constexpr, BLOCK_H: tl.constexpr,
+    BLOCK_KV: tl.constexpr, BLOCK_D: tl.constexpr,
 ) -> None:  # fmt: skip
     """One token per program: its angles are loaded once for all heads of q and k."""
     i_t = tl.program_id(0).to(tl.int64)

@@ -6,7 +6,7 @@ multiplies it, which is what two separate torch ops would do.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from torch.nn import functional
 
@@ -33,8 +33,8 @@ def silu_mul_ref(gate_up: torch.Tensor) -> torch.Tensor:
 
 @jit
 def _silu_mul_kernel(
-    gate_up: tl.tensor, out: tl.tensor, stride_t: tl.tensor, width: tl.tensor, BLOCK: tl.constexpr
-) -> None:
+    gate_up: tl.tensor, out: tl.tensor, stride_t: tl.tensor, width: tl.tensor, BLOCK: tl.constexpr,
+) -> None:  # fmt: skip
     """One program per token and BLOCK columns."""
     i_t = tl.program_id(0).to(tl.int64)
     o_i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)

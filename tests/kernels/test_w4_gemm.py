@@ -1,0 +1,175 @@
+"""w4_gemm against an fp64 product of the dequantised operands, in every scheme and format."""
+
+from __future__ import annotations
+
+from itertools import product
+
+import pytest
+import torch
+from epd_kernels import FormatError
+from epd_kernels.activations import quantize_fp8, quantize_int8
+from epd_kernels.launch import GemmConfig
+from epd_kernels.packing import Format, QuantWeight, pack, quantize_weight
+
+SCHEMES = {
+    "w4a16-u4": (Format.U4, None),
+    "w4a8-fp8-u4": (Format.U4, quantize_fp8),
+    "w4a8-fp8-sm7": (Format.SM7, quantize_fp8),
+    "w4a8-int8-hi4": (Format.HI4, quantize_int8),
+}
+
+
+def _operands(scheme, m, n, k, group_size, dtype, device, seed=0):
+    """(x, x_scales, packed, dequantised x, dequantised w)"""
+    rng = torch.Generator().manual_seed(seed)
+    target, quantize = SCHEMES[scheme]
+    x = torch.randn(m, k, generator=rng).to(dtype)
+    scales = None
+    if quantize:
+        x, scales = quantize(x)
+    wide = x.double() if scales is None else x.double() * scales[:, None]
+    weight = torch.randn(n, k, generator=rng)
+    canonical = quantize_weight(weight, group_size=group_size, symmetric=target is not Format.U4)
+    packed = pack(canonical, target).to(torch.device(device))
+    dense = canonical.dequantize().double()
+    scales = None if scales is None else scales.to(device)
+    return x.to(device), scales, packed, wide, dense
+
+
+SHAPES = [(1, 50, 256), (17, 32, 128), (17, 7, 96), (63, 32, 128)]
+
+
+@pytest.mark.parametrize("group_size", [32, 128, 0], ids=["g32", "g128", "channel"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_equals_dequantised_product(scheme, shape, group_size, backend, assert_close):
+    m, n, k = shape
+    if group_size and k % group_size:
+        pytest.skip("the group does not divide K")
+    run = backend.op("w4_gemm", "w4_gemm")
+    dtype = torch.float16 if m == 17 else torch.float32
+    x, scales, packed, wide, dense = _operands(
+        scheme, m, n, k, group_size or k, dtype, backend.device
+    )
+    bias = torch.randn(n, generator=torch.Generator().manual_seed(9)).to(backend.device)
+    out = run(x, packed, out_dtype=dtype, x_scales=scales, bias=bias)
+    assert out.dtype == dtype
+    assert_close(out, wide @ dense.t() + bias.double().cpu())
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("splits", [1, 2, 3, 8])
+def test_splits_of_k(scheme, splits, backend, assert_close):
+    """Any number of spans, even of unequal length, gives the product; two runs agree exactly."""
+    run = backend.op("w4_gemm", "w4_gemm")
+    options = {} if backend.name == "ref" else {"config": GemmConfig(32, 16, splits, 4, 1)}
+    x, scales, packed, wide, dense = _operands(
+        scheme, 5, 48, 1280, 64, torch.float32, backend.device
+    )
+    outs = [run(x, packed, out_dtype=torch.float32, x_scales=scales, **options) for _ in "12"]
+    assert torch.equal(*outs)
+    assert_close(outs[0], wide @ dense.t())
+
+
+def test_int8_products_are_exact(backend):
+    """Integer operands with unit scales: the sum is an integer, and must be that one."""
+    rng = torch.Generator().manual_seed(3)
+    codes = torch.randint(-8, 8, (33, 256), generator=rng, dtype=torch.int8)
+    x = torch.randint(-127, 128, (9, 256), generator=rng, dtype=torch.int8)
+    packed = pack(QuantWeight(codes, torch.ones(33, 2)), Format.HI4)
+    out = backend.op("w4_gemm", "w4_gemm")(
+        x.to(backend.device), packed.to(torch.device(backend.device)), out_dtype=torch.float32
+    )
+    assert torch.equal(out.cpu().double(), x.double() @ codes.double().t())
+
+
+@pytest.mark.parametrize("target", [Format.U4, Format.SM7], ids=lambda f: f.name)
+def test_every_code_meets_fp8(target, backend):
+    """Identity activations read the decoded weight back, code by code."""
+    lowest = -8 if target is Format.U4 else -7
+    codes = torch.arange(128 * 16).remainder(8 - lowest).add(lowest).view(16, 128).to(torch.int8)
+    packed = pack(QuantWeight(codes, torch.ones(16, 1)), target)
+    x = torch.eye(128).to(torch.float8_e4m3fn).to(backend.device)
+    out = backend.op("w4_gemm", "w4_gemm")(
+        x, packed.to(torch.device(backend.device)), out_dtype=torch.float32
+    )
+    assert torch.equal(out.cpu().t(), codes.float())
+
+
+def test_small_products_survive_a_large_one(backend, assert_close):
+    """One huge group beside many small ones: each group is promoted to fp32 on its own."""
+    codes = torch.ones(16, 4096, dtype=torch.int8)
+    scales = torch.full((16, 32), 2.0**-12)
+    scales[:, 0] = 1.0
+    packed = pack(QuantWeight(codes, scales), Format.SM7).to(torch.device(backend.device))
+    x = torch.ones(1, 4096).to(torch.float8_e4m3fn).to(backend.device)
+    out = backend.op("w4_gemm", "w4_gemm")(x, packed, out_dtype=torch.float32)
+    assert_close(out, torch.full((1, 16), 128 + 31 * 128 * 2.0**-12))
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_no_tokens_and_views(scheme, backend, assert_close):
+    run = backend.op("w4_gemm", "w4_gemm")
+    x, scales, packed, wide, dense = _operands(
+        scheme, 6, 20, 256, 128, torch.float32, backend.device
+    )
+    none = None if scales is None else scales[:0]
+    empty = run(x[:0], packed, out_dtype=torch.float32, x_scales=none)
+    assert empty.shape == (0, 20)
+    strided = None if scales is None else scales[::2].contiguous()
+    out = run(x[::2], packed, out_dtype=torch.float32, x_scales=strided)
+    assert_close(out, wide[::2] @ dense.t())
+    column_major = x.t().contiguous().t()
+    out = run(column_major, packed, out_dtype=torch.float32, x_scales=scales)
+    assert_close(out, wide @ dense.t())
+
+
+def test_refuses_what_it_cannot_multiply(backend):
+    run = backend.op("w4_gemm", "w4_gemm")
+    weight = quantize_weight(torch.ones(4, 128), group_size=128)
+    x = torch.ones(1, 128, device=backend.device)
+    for target in (Format.SM7, Format.HI4):
+        with pytest.raises(FormatError, match=r"cannot meet torch\.float32"):
+            run(x, pack(weight, target), out_dtype=torch.float32)
+    with pytest.raises(FormatError, match="64 features, the weight 128"):
+        run(x[:, :64], pack(weight, Format.U4), out_dtype=torch.float32)
+
+
+BANDS = {"w4a8-fp8-sm7": 0.120, "w4a8-int8-hi4": 0.117}
+
+
+@pytest.mark.parametrize("scheme", BANDS)
+def test_end_error_is_the_known_one(scheme):
+    """Relative output error of Gaussian operands at K = 4096, group 128."""
+    x, scales, packed, _, _ = _operands(scheme, 32, 64, 4096, 128, torch.float32, "cpu")
+    rng = torch.Generator().manual_seed(0)
+    exact = torch.randn(32, 4096, generator=rng) @ torch.randn(64, 4096, generator=rng).t()
+    out = _ref()(x, packed, out_dtype=torch.float32, x_scales=scales)
+    assert float((out - exact).norm() / exact.norm()) == pytest.approx(BANDS[scheme], rel=0.05)
+
+
+def _ref():
+    from epd_kernels.w4_gemm import w4_gemm_ref
+
+    return w4_gemm_ref
+
+
+MODEL_SHAPES = [
+    (m, n, k)
+    for m, (n, k) in product(
+        (1, 8, 16, 33, 64, 128, 1000), ((4096, 4096), (2112, 4096), (512, 14336), (3584, 18944))
+    )
+]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("shape", MODEL_SHAPES, ids=str)
+def test_model_shapes(scheme, shape, gpu, assert_close):
+    x, scales, packed, wide, dense = _operands(scheme, *shape, 128, torch.bfloat16, "cpu")
+    move = torch.device(gpu.device)
+    out = gpu.op("w4_gemm", "w4_gemm")(
+        x.to(move), packed.to(move), out_dtype=torch.bfloat16,
+        x_scales=None if scales is None else scales.to(move),
+    )  # fmt: skip
+    assert_close(out, (wide.to(move) @ dense.to(move).t()))
