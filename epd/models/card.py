@@ -167,6 +167,7 @@ def _chat_template(path: Path, tokenizer_config: Mapping[str, Any]) -> str | Non
             raise _template_problem(file)
         return file.read_text(encoding="utf-8", errors="replace")
     template = read_json(path, "chat_template.json").get("chat_template")
+    template = template or read_json(path, "processor_config.json").get("chat_template")
     template = template or tokenizer_config.get("chat_template")
     if isinstance(template, list):
         named = {t.get("name"): t.get("template") for t in template if isinstance(t, dict)}

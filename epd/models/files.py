@@ -112,7 +112,7 @@ def weight_entries(directory: Path) -> dict[str, TensorEntry]:
         raise problem(
             f"Refusing to open {pickled[0]} in {directory}.",
             "It is a Python pickle, which can run code when loaded; only safetensors are read.",
-            "Convert it where you trust it: load with transformers, then model.save_pretrained(DIR).",
+            "Convert it where you trust it: load it with transformers, then save_pretrained(DIR).",
         )
     raise problem(
         f"Cannot load the model in {directory}.",

@@ -75,9 +75,10 @@ class VisionEncoder:
         if width < 1 or height < 1:
             raise MediaError("an image needs at least one pixel")
         vision = self._config.vision_config
-        tokens: int = (vision.image_size // vision.patch_size) ** 2
-        tokens += vision.model_type == "clip_vision_model"
-        return tokens - (self._config.vision_feature_select_strategy == "default")
+        patches = int(vision.image_size // vision.patch_size) ** 2
+        class_token = int(vision.model_type == "clip_vision_model")
+        dropped = int(self._config.vision_feature_select_strategy == "default")
+        return patches + class_token - dropped
 
     def resident_bytes(self) -> int:
         """Bytes that the weights hold."""
