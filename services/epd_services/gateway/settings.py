@@ -41,10 +41,12 @@ class GatewaySettings(BaseSettings):
     fetch_domains: tuple[str, ...] = Field((), description="only these hosts; empty: any public")
     fetch_ports: tuple[int, ...] = (80, 443)
     fetch_seconds: float = Field(5.0, gt=0)
+    max_prompt_chars: int = Field(1 << 20, ge=1)
 
     request_seconds: float = Field(120.0, gt=0)
     default_max_tokens: int = Field(256, ge=1)
     default_temperature: float = Field(0.0, ge=0.0, le=2.0)
 
     keepalive_seconds: float = Field(10.0, gt=0)
+    stall_seconds: float = Field(30.0, gt=0, description="one send to a client may take this long")
     stream_buffer_bytes: int = Field(256 * 1024, ge=1024)
