@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from jinja2 import TemplateError
+from jinja2.exceptions import SecurityError
 from tokenizers import Tokenizer
 
 from epd.errors import CheckpointError, InvalidRequestError
@@ -22,6 +24,8 @@ __all__ = ["ChatFormatter", "load_tokenizer"]
 _ROLES = ("system", "user", "assistant")
 _MAX_MESSAGES = 512
 _PROBE = "epd probe"
+_RENDER_ERRORS = (TemplateError, TypeError, ValueError, LookupError, AttributeError,
+                  ArithmeticError, RecursionError)  # fmt: skip
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
@@ -49,7 +53,7 @@ class ChatFormatter:
 
     def __init__(self, card: ModelCard) -> None:
         self.tokenizer = load_tokenizer(card.path)
-        self._card = card
+        self.card = card
         self._bos = card.special_tokens.get("bos_token")
         self._image_text = None
         if card.image_token_id is not None:
@@ -71,9 +75,9 @@ class ChatFormatter:
         checked = _checked(messages)
         text = self._render(checked, add_generation_prompt)
         token_ids = self.encode(text)
-        wanted = sum(part["type"] == "image" for m in checked for part in m["content"])
+        wanted = sum(part["type"] == "image" for message in checked for part in message.parts)
         found = token_ids.count(
-            -1 if self._card.image_token_id is None else self._card.image_token_id
+            -1 if self.card.image_token_id is None else self.card.image_token_id
         )
         if found != wanted:
             raise InvalidRequestError(
@@ -108,14 +112,14 @@ class ChatFormatter:
             return False
         return _PROBE in text and "{'" not in text
 
-    def _render(self, messages: list[dict[str, Any]], add_generation_prompt: bool) -> str:
+    def _render(self, messages: list[_Message], add_generation_prompt: bool) -> str:
         if self._template is None:
             raise problem(
-                f"{self._card.name} has no chat template.",
+                f"{self.card.name} has no chat template.",
                 "Neither chat_template.jinja nor tokenizer_config.json holds one.",
                 "Send a plain prompt instead, or add the publisher's chat_template.jinja.",
             )
-        shaped = [{**m, "content": self._shape(m["content"])} for m in messages]
+        shaped = [{"role": m.role, "content": self._shape(m)} for m in messages]
         try:
             return self._run(shaped, add_generation_prompt)
         except TemplateLimitError:
@@ -123,18 +127,18 @@ class ChatFormatter:
                 "the messages are too long for the model's chat template", "messages"
             ) from None
 
-    def _shape(self, parts: list[dict[str, Any]]) -> str | list[dict[str, Any]]:
-        """Content as the template takes it: one string where possible, else parts."""
-        has_image = any(part["type"] == "image" for part in parts)
-        if self._takes_parts and (has_image or len(parts) != 1 or not self._takes_text):
-            return parts
+    def _shape(self, message: _Message) -> str | list[dict[str, str]]:
+        """Content in the form it came in, or the other one if the template takes only that."""
+        if self._takes_parts and not (message.is_text and self._takes_text):
+            return message.parts
         return "".join(
-            (self._image_text or "") if part["type"] == "image" else part["text"] for part in parts
+            (self._image_text or "") if part["type"] == "image" else part["text"]
+            for part in message.parts
         )
 
     def _run(self, messages: list[dict[str, Any]], add_generation_prompt: bool) -> str:
         assert self._template is not None
-        special = {"bos_token": "", "eos_token": "", **self._card.special_tokens}
+        special = {"bos_token": "", "eos_token": "", **self.card.special_tokens}
         values = {"messages": messages, "add_generation_prompt": add_generation_prompt,
                   "tools": None, "documents": None, **special}  # fmt: skip
         try:
@@ -145,45 +149,48 @@ class ChatFormatter:
             ) from None
         except TemplateLimitError:
             raise
-        except TemplateError as error:
+        except SecurityError as error:
             raise self._broken(error) from None
-        except (
-            TypeError,
-            ValueError,
-            LookupError,
-            AttributeError,
-            ArithmeticError,
-            RecursionError,
-        ):
+        except _RENDER_ERRORS:
             raise InvalidRequestError(
                 "the model's chat template cannot render these messages", "messages"
             ) from None
 
     def _broken(self, error: Exception) -> CheckpointError:
         return problem(
-            f"Refusing the chat template of {self._card.name}.",
+            f"Refusing the chat template of {self.card.name}.",
             f"{type(error).__name__}: {str(error)[:200]}".replace("\n", " "),
             "Replace it with the template of the model's publisher.",
         )
 
 
-def _checked(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The messages with content as parts. Raises `InvalidRequestError`."""
+@dataclass(frozen=True, slots=True)
+class _Message:
+    """Content as parts; `is_text` when it came as one string."""
+
+    role: str
+    parts: list[dict[str, str]]
+    is_text: bool
+
+
+def _checked(messages: Sequence[Mapping[str, Any]]) -> list[_Message]:
+    """The messages in one form. Raises `InvalidRequestError`."""
     if isinstance(messages, str | bytes) or not 0 < len(messages) <= _MAX_MESSAGES:
         raise InvalidRequestError(f"messages takes 1 to {_MAX_MESSAGES} messages", "messages")
     return [_checked_message(message) for message in messages]
 
 
-def _checked_message(message: Mapping[str, Any]) -> dict[str, Any]:
+def _checked_message(message: Mapping[str, Any]) -> _Message:
     role = message.get("role") if isinstance(message, Mapping) else None
     role = "system" if role == "developer" else role
     if role not in _ROLES:
         raise InvalidRequestError(f"a message's role is one of {', '.join(_ROLES)}", "messages")
     content = message.get("content")
-    content = [{"type": "text", "text": content}] if isinstance(content, str) else content
+    if isinstance(content, str):
+        return _Message(role, [{"type": "text", "text": content}], True)
     if not isinstance(content, list) or not content:
         raise InvalidRequestError("a message's content is text or a list of parts", "messages")
-    return {"role": role, "content": [_checked_part(part) for part in content]}
+    return _Message(role, [_checked_part(part) for part in content], False)
 
 
 def _checked_part(part: object) -> dict[str, str]:
