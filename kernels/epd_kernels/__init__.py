@@ -2,25 +2,45 @@
 
 from __future__ import annotations
 
+from .activations import group_sums, quantize_fp8, quantize_int8
 from .errors import FormatError
+from .kv_int4 import QuantKV, dequantize_kv, quantize_kv
 from .kv_store import store_kv, store_kv_ref
+from .linear import QuantLinear, Scheme
 from .norm import add_rms_norm, add_rms_norm_ref, rms_norm, rms_norm_ref
+from .packing import Format, PackedWeight, QuantWeight, pack, quantize_weight
 from .paged_attention import paged_attention, paged_attention_ref
 from .rope import apply_rope, apply_rope_ref
 from .silu_mul import silu_mul, silu_mul_ref
+from .w4_gemm import w4_gemm, w4_gemm_ref
 
 __all__ = [
+    "Format",
     "FormatError",
+    "PackedWeight",
+    "QuantKV",
+    "QuantLinear",
+    "QuantWeight",
+    "Scheme",
     "add_rms_norm",
     "add_rms_norm_ref",
     "apply_rope",
     "apply_rope_ref",
+    "dequantize_kv",
+    "group_sums",
+    "pack",
     "paged_attention",
     "paged_attention_ref",
+    "quantize_fp8",
+    "quantize_int8",
+    "quantize_kv",
+    "quantize_weight",
     "rms_norm",
     "rms_norm_ref",
     "silu_mul",
     "silu_mul_ref",
     "store_kv",
     "store_kv_ref",
+    "w4_gemm",
+    "w4_gemm_ref",
 ]

@@ -1,0 +1,106 @@
+"""A linear layer over packed four-bit weights: the only face of the formats the engine sees."""
+
+from __future__ import annotations
+
+from enum import Enum
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from .activations import quantize_fp8, quantize_int8
+from .packing import Format, QuantWeight, pack
+from .w4_gemm import w4_gemm
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+__all__ = ["QuantLinear", "Scheme"]
+
+
+class Scheme(Enum):
+    """Bits of weights and activations."""
+
+    W4A16 = "w4a16"
+    W4A8_FP8 = "w4a8-fp8"
+    W4A8_INT8 = "w4a8-int8"
+
+
+_QUANTIZE = {Scheme.W4A8_FP8: quantize_fp8, Scheme.W4A8_INT8: quantize_int8}
+
+
+def _format(weight: QuantWeight, scheme: Scheme) -> Format:
+    """SM7 costs the FP8 kernel least; zeros, and the code -8, need U4."""
+    if scheme is Scheme.W4A8_INT8:
+        return Format.HI4
+    if scheme is Scheme.W4A16 or weight.zeros is not None or bool((weight.codes == -8).any()):
+        return Format.U4
+    return Format.SM7
+
+
+class QuantLinear(nn.Module):
+    """y = x W^T + bias with W in four bits; activations are quantised per token as `scheme` says.
+
+    On a GPU this is one packed GEMM. On a CPU the weight is unpacked at first use and kept: as int8
+    codes for W4A8-INT8 with one group per row, where torch's integer product is exact and (measured
+    with AMX, 2048 x 1024) 2 to 7 times as fast as fp32, and otherwise dequantised, since unpacking
+    at every call costs several times the product.
+    """
+
+    bias: torch.Tensor | None
+
+    def __init__(
+        self, weight: QuantWeight, scheme: Scheme, *, bias: torch.Tensor | None = None
+    ) -> None:
+        """Raises `FormatError` where the scheme cannot hold the weight (INT8 takes no zeros)."""
+        super().__init__()
+        self.scheme = scheme
+        self.weight = pack(weight, _format(weight, scheme))
+        self.in_features = self.weight.in_features
+        self.out_features = self.weight.out_features
+        self.register_buffer("bias", bias, persistent=False)
+        self._dense: dict[torch.dtype, torch.Tensor] = {}
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """`[..., out_features]` in the dtype of `x [..., in_features]`."""
+        rows = x.reshape(-1, self.in_features)
+        out = self._packed(rows) if x.is_cuda else self._unpacked(rows)
+        return out.view(*x.shape[:-1], self.out_features)
+
+    def _packed(self, x: torch.Tensor) -> torch.Tensor:
+        quantize = _QUANTIZE.get(self.scheme)
+        codes, scales = quantize(x) if quantize else (x, None)
+        return w4_gemm(codes, self.weight, out_dtype=x.dtype, x_scales=scales, bias=self.bias)
+
+    def _unpacked(self, x: torch.Tensor) -> torch.Tensor:
+        if self.scheme is Scheme.W4A16:
+            return functional.linear(x, self._kept(x.dtype), self.bias)
+        codes, scales = _QUANTIZE[self.scheme](x)
+        if self.scheme is Scheme.W4A8_INT8 and self.weight.group_size == self.in_features:
+            out = torch._int_mm(codes, self._kept(torch.int8).t()) * self.weight.scales
+        else:
+            out = codes.float() @ self._kept(torch.float32).t()
+        out = out * scales[:, None]
+        return (out if self.bias is None else out + self.bias.float()).to(x.dtype)
+
+    def _kept(self, dtype: torch.dtype) -> torch.Tensor:
+        """The unpacked weight: dequantised, or its codes for int8."""
+        if dtype not in self._dense:
+            weight = self.weight.unpack()
+            codes = weight.codes if dtype == torch.int8 else weight.dequantize()
+            self._dense[dtype] = codes.to(dtype)
+        return self._dense[dtype]
+
+    def _apply(
+        self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True
+    ) -> QuantLinear:
+        """Packed tensors follow the module's device but never its dtype."""
+        self.weight = self.weight.to(fn(self.weight.data).device)
+        self._dense.clear()
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # untyped in torch
+        return self
+
+    def extra_repr(self) -> str:
+        shape = f"in_features={self.in_features}, out_features={self.out_features}"
+        return f"{shape}, scheme={self.scheme.value}, group_size={self.weight.group_size}"
