@@ -43,6 +43,7 @@ __all__ = [
 Name = Annotated[str, Meta(min_length=1, max_length=128)]
 Text = Annotated[str, Meta(max_length=512)]
 Count = Annotated[int, Meta(ge=0, le=1 << 40)]
+Life = Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
 Seconds = Annotated[float, Meta(ge=0.0, le=1e9)]
 TokenId = Annotated[int, Meta(ge=0, le=1 << 31)]
 
@@ -70,7 +71,7 @@ class PeerInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     address: Name
     stages: str
     epoch: Count
-    incarnation: Count
+    incarnation: Life
 
 
 class Peers(Message, frozen=True, kw_only=True):

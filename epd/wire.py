@@ -37,7 +37,7 @@ DTYPE_BYTES = {
     "int64": 8,
 }
 _MAC_BYTES = 32
-_Int63 = Annotated[int, Meta(ge=0, lt=1 << 63)]
+_Int63 = Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
 _Name = Annotated[str, Meta(min_length=1, max_length=128)]
 
 
@@ -135,7 +135,8 @@ class Codec:
             header = self._header.decode(frames[1])
             if header.envelope.to != to:
                 raise WireError("addressed to another node")
-            blobs = tuple(map(_checked_blob, header.blobs, frames[2:], strict=True))
+            pairs = zip(header.blobs, frames[2:], strict=True)
+            blobs = tuple(_checked_blob(meta, frame) for meta, frame in pairs)
             return Incoming(header.envelope, body_decoder.decode(header.body), blobs)
         except (ValueError, msgspec.MsgspecError, RecursionError) as error:
             raise WireError(f"malformed header ({type(error).__name__})") from None

@@ -58,6 +58,7 @@ __all__ = ["DispatchLimits", "PipelineDispatcher"]
 
 _log = structlog.get_logger("epd.dispatch")
 _INLINE_HASH_BYTES = 1 << 20
+_BACK_OFF = 0.02
 _RETRYABLE_ENCODE = {"internal_error", "unavailable"}
 
 
@@ -246,9 +247,11 @@ class PipelineDispatcher:
         )
         return MMItem(mm_hash=digest, cache_key=key, width=image.width, height=image.height)
 
-    async def _attempt(self, record: Record) -> None:
+    async def _attempt(self, record: Record, *, wait: float = 0.0) -> None:
         record.attempt += 1
         attempt = record.attempt
+        if wait:
+            await asyncio.sleep(wait)
         record.encoders.clear()
         record.adopted = False
         items = record.request.mm_items
@@ -273,7 +276,8 @@ class PipelineDispatcher:
             ttl=self._left(record),
         )
         if not self._node.post(record.prefill, message):
-            raise UnavailableError("the prefill worker cannot be reached")
+            self._apply(self._membership.lost(record.prefill))
+            return
         for item in (i for i, hit in enumerate(cached) if not hit):
             self._encode(record, item)
 
@@ -292,7 +296,7 @@ class PipelineDispatcher:
         )
         pixels = Blob("uint8", (image.height, image.width, 3), image.rgb)
         if not self._node.post(encoder, message, [pixels]):
-            raise UnavailableError("the encoder cannot be reached")
+            self._apply(self._membership.lost(encoder))
 
     def _left(self, record: Record) -> float:
         return max(0.0, record.deadline - self._clock())
@@ -305,7 +309,7 @@ class PipelineDispatcher:
         if record.failures >= self._limits.max_failures:
             self._end(record, WorkerFailedError("every attempt ended with its worker"))
         else:
-            self._spawn(record, self._attempt(record))
+            self._spawn(record, self._attempt(record, wait=_BACK_OFF * record.failures))
 
     def _tell_cancel(self, record: Record) -> None:
         message = Cancel(request_id=record.request_id, attempt=record.attempt)

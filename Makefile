@@ -1,0 +1,42 @@
+# Each verb does its own set-up: a virtual environment, the dependencies, and redis-server when it can be had.
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+BIN := .venv/bin
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export PIP_ROOT_USER_ACTION := ignore
+
+.PHONY: demo up test test-all lint bench setup clean
+
+demo: setup
+	$(BIN)/epd demo
+
+up: setup
+	$(BIN)/epd serve
+
+test: setup
+	$(BIN)/pytest -m "not gpu and not slow"
+
+test-all: setup
+	$(BIN)/pytest
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: setup
+	$(BIN)/epd bench
+
+setup: .venv/.ready
+	@command -v redis-server >/dev/null || command -v valkey-server >/dev/null || sh docker/install-redis.sh
+
+# torch goes first and by exact version, so that no dependency pulls a larger build
+.venv/.ready: pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet "$(TORCH)"
+	$(BIN)/pip install --quiet --editable ".[dev]"
+	touch $@
+
+clean:
+	rm -rf .venv

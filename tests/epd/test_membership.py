@@ -1,0 +1,80 @@
+"""Membership on a fake clock: joining, silence, new lives, other models, stalls of the observer."""
+
+from epd.membership import Change, Membership
+from epd.messages import Heartbeat, WorkerStats
+from epd.roles import Stage
+from epd.wire import Envelope
+
+
+class Clock:
+    now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def heard(
+    members: Membership, name: str = "a", life: int = 1, epoch: int = 0, *,
+    stages: str = "D", revision: str = "r", accepting: bool = True,
+) -> list[tuple[Change, str]]:  # fmt: skip
+    beat = Heartbeat(
+        address="x", revision=revision, encoder_revision="e", dtype="float32",
+        accepting=accepting, stats=WorkerStats(),
+    )  # fmt: skip
+    return members.heard(Envelope(name, life, epoch, stages, "gateway", 1), beat)
+
+
+def test_a_worker_joins_once_and_is_lost_after_silence() -> None:
+    clock = Clock()
+    members = Membership("r", clock, dead_after=1.0)
+    assert heard(members) == [(Change.JOINED, "a")]
+    assert heard(members) == []
+    for _ in range(4):
+        clock.now += 0.24
+        assert members.expire() == []
+    clock.now += 0.24
+    assert members.expire() == [(Change.LOST, "a")]
+    assert members.hosting(Stage.DECODE) == []
+
+
+def test_a_new_life_or_epoch_is_a_loss_and_a_join() -> None:
+    members = Membership("r", Clock())
+    heard(members, life=1)
+    assert heard(members, life=2) == [(Change.LOST, "a"), (Change.JOINED, "a")]
+    assert heard(members, life=2, epoch=1) == [(Change.LOST, "a"), (Change.JOINED, "a")]
+
+
+def test_a_worker_of_another_model_is_refused_and_named() -> None:
+    members = Membership("r", Clock())
+    assert heard(members, revision="other") == []
+    assert "a" in members.refused
+    heard(members)
+    assert members.refused == {}
+    assert heard(members, revision="other") == [(Change.LOST, "a")]
+
+
+def test_a_farewell_ends_one_life_only() -> None:
+    members = Membership("r", Clock())
+    heard(members, life=1)
+    assert members.left("a", 1) == [(Change.LOST, "a")]
+    assert heard(members, life=1) == []
+    assert heard(members, life=2) == [(Change.JOINED, "a")]
+
+
+def test_a_draining_worker_is_used_only_when_alone() -> None:
+    members = Membership("r", Clock())
+    heard(members, "a", accepting=False)
+    assert [w.worker_id for w in members.hosting(Stage.DECODE)] == ["a"]
+    heard(members, "b")
+    assert [w.worker_id for w in members.hosting(Stage.DECODE)] == ["b"]
+
+
+def test_a_stall_of_the_observer_kills_nobody() -> None:
+    clock = Clock()
+    members = Membership("r", clock, dead_after=1.0)
+    heard(members)
+    members.expire()
+    clock.now += 5.0
+    assert members.expire() == []
+    clock.now += 0.2
+    assert members.expire() == []

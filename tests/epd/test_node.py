@@ -1,0 +1,172 @@
+"""Nodes: who is heard, and what is dropped and counted."""
+
+import asyncio
+from pathlib import Path
+
+import pytest
+
+from epd.messages import Cancel, Heartbeat, PeerInfo, Peers, WorkerStats
+from epd.node import GATEWAY, Identity, Node
+from epd.transport import InMemoryTransport, Transport, TransportFullError, ZmqTransport
+from epd.wire import Codec, Frame
+
+Network = dict[str, "asyncio.Queue[list[Frame]]"]
+
+
+class Pair:
+    """A gateway and a worker on one network; `heard` is what reached the worker."""
+
+    def __init__(self, network: Network) -> None:
+        self.network = network
+        self.gateway = self.node(GATEWAY)
+        self.worker = self.node("w")
+        self.heard: list[Cancel] = []
+        self.worker.on(Cancel, lambda _, message, __: self.heard.append(message))
+        self.gateway.know([PeerInfo("w", "w", "D", 0, 1)])
+
+    def node(self, name: str, incarnation: int = 1) -> Node:
+        identity = Identity(name, incarnation, "D")
+        return Node(identity, InMemoryTransport(name, self.network), Codec())
+
+    async def settle(self) -> None:
+        task = asyncio.create_task(self.worker.run())
+        while not self.network["w"].empty():
+            await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        task.cancel()
+
+
+def cancel(attempt: int = 0) -> Cancel:
+    return Cancel(request_id="r", attempt=attempt)
+
+
+def test_messages_arrive_in_order() -> None:
+    async def run() -> None:
+        pair = Pair({})
+        for attempt in range(5):
+            assert pair.gateway.post("w", cancel(attempt))
+        await pair.settle()
+        assert [m.attempt for m in pair.heard] == [0, 1, 2, 3, 4]
+        assert not pair.worker.rejected
+
+    asyncio.run(run())
+
+
+def test_a_replayed_frame_is_dropped() -> None:
+    async def run() -> None:
+        pair = Pair({})
+        pair.gateway.post("w", cancel())
+        frames = await pair.network["w"].get()
+        for _ in range(3):
+            pair.network["w"].put_nowait(frames)
+        await pair.settle()
+        assert len(pair.heard) == 1
+        assert pair.worker.rejected["replayed"] == 2
+
+    asyncio.run(run())
+
+
+def test_an_earlier_life_of_a_sender_is_fenced() -> None:
+    async def run() -> None:
+        pair = Pair({})
+        old, new = pair.node(GATEWAY, 1), pair.node(GATEWAY, 2)
+        for node, attempt in ((new, 1), (old, 2), (new, 3)):
+            node.know([PeerInfo("w", "w", "D", 0, 1)])
+            node.post("w", cancel(attempt))
+        await pair.settle()
+        assert [m.attempt for m in pair.heard] == [1, 3]
+        assert pair.worker.rejected["earlier life of the sender"] == 1
+
+    asyncio.run(run())
+
+
+def test_a_stranger_may_only_introduce_itself_to_the_gateway() -> None:
+    async def run() -> None:
+        pair = Pair({})
+        stranger = pair.node("stranger")
+        stranger.post_address("w", "w", cancel())
+        await pair.settle()
+        assert not pair.heard
+        assert pair.worker.rejected["unknown sender"] == 1
+
+    asyncio.run(run())
+
+
+def test_only_the_gateway_names_peers() -> None:
+    async def run() -> None:
+        pair = Pair({})
+        pair.worker.know([PeerInfo("evil", "evil", "D", 0, 1)])
+        named: list[Peers] = []
+        pair.worker.on(Peers, lambda _, message, __: named.append(message))
+        pair.node("evil").post_address("w", "w", Peers(workers=[]))
+        pair.gateway.post("w", Peers(workers=[]))
+        await pair.settle()
+        assert len(named) == 1
+
+    asyncio.run(run())
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_failing_handler_costs_one_message() -> None:
+    async def run() -> None:
+        pair = Pair({})
+
+        def fails_once(_: object, message: Cancel, __: object) -> None:
+            if message.attempt == 0:
+                raise RuntimeError("boom")
+            pair.heard.append(message)
+
+        pair.worker.on(Cancel, fails_once)
+        pair.gateway.post("w", cancel(0))
+        pair.gateway.post("w", cancel(1))
+        await pair.settle()
+        assert [m.attempt for m in pair.heard] == [1]
+        assert pair.worker.rejected["handler_failed"] == 1
+
+    asyncio.run(run())
+
+
+def test_posting_to_nobody_is_false_not_an_error() -> None:
+    async def run() -> None:
+        pair = Pair({})
+        assert not pair.gateway.post("nobody", cancel())
+        assert pair.gateway.rejected["unknown_receiver"] == 1
+
+    asyncio.run(run())
+
+
+def test_zmq_carries_frames_between_inboxes_and_never_blocks(tmp_path: Path) -> None:
+    async def run() -> None:
+        directory = tmp_path / "z"
+        directory.mkdir(mode=0o700)
+        a: Transport = ZmqTransport(f"ipc://{directory}/a", keyed=False)
+        b = ZmqTransport(f"ipc://{directory}/b", keyed=False)
+        payload = bytes(3 << 20)
+        a.send(b.address, [b"tag", payload])
+        assert [bytes(f) for f in await asyncio.wait_for(b.receive(), 5)] == [b"tag", payload]
+        with pytest.raises(TransportFullError):
+            for _ in range(20_000):
+                a.send(f"ipc://{directory}/nobody", [b"x"])
+        a.close()
+        b.close()
+
+    asyncio.run(run())
+
+
+def test_heartbeats_are_admitted_from_strangers() -> None:
+    async def run() -> None:
+        network: Network = {}
+        pair = Pair(network)
+        beats: list[Heartbeat] = []
+        pair.gateway.on(Heartbeat, lambda _, message, __: beats.append(message))
+        pair.gateway.know([])
+        beat = Heartbeat(
+            address="w", revision="r", encoder_revision="e", dtype="float32", stats=WorkerStats()
+        )
+        pair.worker.post_address(GATEWAY, GATEWAY, beat)
+        task = asyncio.create_task(pair.gateway.run())
+        await asyncio.sleep(0.01)
+        task.cancel()
+        assert beats == [beat]
+
+    asyncio.run(run())
