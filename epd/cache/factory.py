@@ -27,7 +27,7 @@ def open_cache(
     url: str | None,
     *,
     max_bytes: int = 256 << 20,
-    max_entry_bytes: int = 32 << 20,
+    max_entry_bytes: int = 16 << 20,
     ttl: float = 3600.0,
     timeout: float = 0.2,
     allow_no_password: bool = False,
@@ -157,6 +157,7 @@ def _connect(
         "retry": Retry(NoBackoff(), 0),
         "retry_on_error": [],
         "protocol": 2,
+        "socket_read_size": 1 << 20,
     }
     make_pool: Any = ConnectionPool
     make_client: Any = Redis

@@ -1,7 +1,8 @@
 """The token cache in Redis or Valkey, shared by every process that knows the URL.
 
 A call costs at most `timeout` seconds, and after one timeout or three errors the breaker makes
-every call a miss at no cost until a background probe finds the server well again.
+every call a miss at no cost until a background probe finds the server well again. Only a write
+that takes too long counts as a mere error: it may be large, and nobody waits for it.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import logging
 import secrets
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from redis.exceptions import ResponseError, WatchError
@@ -27,10 +29,12 @@ __all__ = ["RedisCache", "RedisClient"]
 _LOG = logging.getLogger(__name__)
 _T = TypeVar("_T")
 
-_CONCURRENCY = 32
+# one event loop moves some 500 MB/s: more or larger transfers at once would time each other out
+_CONCURRENCY, _LARGE_CONCURRENCY = 4, 2
+_HEAD_BYTES, _CHUNK_BYTES = 256 << 10, 2 << 20
 _OFF_LOOP_BYTES = 1 << 20  # hashing more than this would hold up the event loop for over 1 ms
 _CLOSE_SECONDS = 1.0
-_WRONG_TYPE = b"wrong type"  # shorter than a header, so it never passes for an entry
+_UNUSABLE = b"unusable"  # shorter than a header, so it never passes for an entry
 
 
 class RedisClient(Protocol):
@@ -54,7 +58,7 @@ class RedisCache:
         client: RedisClient,
         *,
         ttl: float = 3600.0,
-        max_entry_bytes: int = 32 << 20,
+        max_entry_bytes: int = 16 << 20,
         queue_entries: int = 256,
         queue_bytes: int = 64 << 20,
         timeout: float = 0.2,
@@ -72,6 +76,8 @@ class RedisCache:
         self._prefix = prefix
         self._owner = secrets.token_hex(16).encode()
         self._slots = asyncio.Semaphore(_CONCURRENCY)
+        self._large_slots = asyncio.Semaphore(_LARGE_CONCURRENCY)
+        self._writing = asyncio.Lock()
         self._queue: dict[str, CachedTokens] = {}
         self._drained = asyncio.Event()
         self._drained.set()
@@ -85,8 +91,7 @@ class RedisCache:
         """The checked value of `key`. A damaged one is a miss, counted and deleted."""
         value = self._queue.get(key)
         if value is None:
-            entry = await self._call(lambda: self._read(key), b"")
-            value = await self._unpack(key, entry) if entry else None
+            value = await self._fetch(key)
         if value is None:
             self.counters.misses += 1
         else:
@@ -125,12 +130,11 @@ class RedisCache:
         if self._too_large(value):
             return False
         entry = await _off_loop(value.num_bytes, lambda: pack_entry(key, value))
-        reply = await self._call(
-            lambda: self._client.execute_command(
-                "SET", self._value_name(key), entry, "PX", self._ttl_ms
-            ),
-            None,
-        )
+        command = ("SET", self._value_name(key), entry, "PX", self._ttl_ms)
+        async with self._writing:
+            reply = await self._call(
+                lambda: self._client.execute_command(*command), None, on_timeout=self._breaker.error
+            )
         if not reply:
             self.counters.dropped += 1
             return False
@@ -191,7 +195,13 @@ class RedisCache:
             async with asyncio.timeout(self._timeout):
                 await self._client.aclose()
 
-    async def _call(self, operation: Callable[[], Awaitable[_T]], default: _T) -> _T:
+    async def _call(
+        self,
+        operation: Callable[[], Awaitable[_T]],
+        default: _T,
+        *,
+        on_timeout: Callable[[], None] | None = None,
+    ) -> _T:
         """The operation's result, or `default` at once when the server is not well."""
         async with self._slots:
             if self._closed or not self._breaker.admits():
@@ -200,7 +210,7 @@ class RedisCache:
                 async with asyncio.timeout(self._timeout):
                     result = await operation()
             except (TimeoutError, RedisTimeoutError):
-                self._failed(self._breaker.timeout)
+                self._failed(on_timeout or self._breaker.timeout)
             except ResponseError:
                 # the server is alive and refused this one command
                 self.counters.errors += 1
@@ -236,20 +246,42 @@ class RedisCache:
             return False
         return True
 
-    async def _read(self, key: str) -> bytes:
-        # a range, not the whole: what someone else left under our key may be of any size
-        try:
-            entry = await self._client.execute_command(
-                "GETRANGE", self._value_name(key), 0, self._max_entry_bytes
-            )
-        except ResponseError as error:
-            if not str(error).startswith("WRONGTYPE"):
-                raise
-            return _WRONG_TYPE
-        return entry if isinstance(entry, bytes) else _WRONG_TYPE
+    async def _fetch(self, key: str) -> CachedTokens | None:
+        name = self._value_name(key)
+        length, head = await self._call(lambda: self._head(name), (0, b""))
+        if length <= len(head):
+            return await self._unpack(key, [head]) if head else None
+        async with self._large_slots:
+            parts = [head]
+            for start in range(_HEAD_BYTES, length, _CHUNK_BYTES):
+                part = await self._call(partial(self._range, name, start), b"")
+                if not part:
+                    return None
+                parts.append(part)
+            return await self._unpack(key, parts)
 
-    async def _unpack(self, key: str, entry: bytes) -> CachedTokens | None:
-        value = await _off_loop(len(entry), lambda: unpack_entry(key, entry))
+    async def _head(self, name: str) -> tuple[int, bytes]:
+        """The length and the first bytes of what is stored, in one round trip."""
+        pipe = self._client.pipeline(transaction=False)
+        pipe.execute_command("STRLEN", name)
+        pipe.execute_command("GETRANGE", name, 0, _HEAD_BYTES - 1)
+        length, head = await pipe.execute(raise_on_error=False)
+        if isinstance(length, ResponseError):
+            if not str(length).startswith("WRONGTYPE"):
+                raise length
+            return 0, _UNUSABLE
+        # what someone else left under our key may be of any size
+        return (length, head) if length <= self._max_entry_bytes else (0, _UNUSABLE)
+
+    async def _range(self, name: str, start: int) -> bytes:
+        part: bytes = await self._client.execute_command(
+            "GETRANGE", name, start, start + _CHUNK_BYTES - 1
+        )
+        return part
+
+    async def _unpack(self, key: str, parts: list[bytes]) -> CachedTokens | None:
+        size = sum(map(len, parts))
+        value = await _off_loop(size, lambda: unpack_entry(key, b"".join(parts)))
         if value is None:
             self.counters.damaged += 1
             name = self._value_name(key)

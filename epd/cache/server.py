@@ -34,7 +34,8 @@ _LOG = logging.getLogger(__name__)
 _BINARIES = ("redis-server", "valkey-server")
 _USER = "epd"
 _COMMANDS = (
-    "+ping +auth +get +getrange +set +exists +unlink +pexpire +pttl +watch +unwatch +multi +exec"
+    "+ping +auth +get +getrange +strlen +set +exists +unlink "
+    "+pexpire +pttl +watch +unwatch +multi +exec"
 )
 _READY_SECONDS = 2.0
 _STOP_SECONDS = 1.0

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
+import epd.cache
 from epd.cache.factory import open_cache
 from epd.cache.memory import MemoryCache
 from epd.cache.redis_cache import RedisCache
 from epd.errors import ConfigError
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 
 @pytest.mark.parametrize("url", [None, "", "memory://"])
@@ -85,6 +86,19 @@ def test_the_password_can_come_from_a_file(tmp_path: Path) -> None:
     path.write_text("\n")
     with pytest.raises(ConfigError, match="empty"):
         open_cache(f"redis://cache.example?password_file={path}")
+
+
+def test_the_room_loads_no_torch_and_redis_only_when_asked() -> None:
+    program = """
+import sys, epd.cache
+assert not {"torch", "transformers", "redis"} & set(sys.modules)
+epd.cache.open_cache("unix:///nowhere")
+assert "torch" not in sys.modules and "redis" in sys.modules
+"""
+    root = str(Path(epd.cache.__file__).parents[2])
+    subprocess.run(
+        [sys.executable, "-c", program], check=True, env=os.environ | {"PYTHONPATH": root}
+    )
 
 
 def test_a_server_that_is_not_there_is_a_miss(tmp_path: Path) -> None:

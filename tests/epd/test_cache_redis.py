@@ -116,7 +116,7 @@ async def eventually(check: Callable[[], Awaitable[bool]], seconds: float = 6.0)
 
 
 @needs_server
-@pytest.mark.parametrize("rows", [0, 1, 40_000], ids=["empty", "small", "hashed off the loop"])
+@pytest.mark.parametrize("rows", [0, 1, 6_552, 6_553, 40_000, 130_000])  # one to four reads
 def test_round_trip_between_two_clients(server: Server, rows: int) -> None:
     async def main() -> None:
         value = CachedTokens("bfloat16", (rows, 20), os.urandom(rows * 40))
@@ -212,6 +212,32 @@ def test_damage_is_a_miss_counted_and_cleared(
             assert (stats.damaged, stats.misses, stats.breaker) == (1, 1, "closed")
             assert await cache.store("k", tokens())
             assert await cache.get("k") == tokens()
+
+    run(main())
+
+
+@needs_server
+@pytest.mark.parametrize("position", [60, 300_000, 3_000_000, 5_000_000])
+def test_damage_in_any_chunk_is_a_miss(server: Server, position: int) -> None:
+    async def main() -> None:
+        value = CachedTokens("float16", (2500, 1000), os.urandom(5_000_000))
+        async with opened(server) as cache, operator(server) as client:
+            assert await cache.store("k", value)
+            await client.setrange("epd:tokens:k", position, b"damage")
+            assert await cache.get("k") is None
+            assert cache.stats().damaged == 1
+
+    run(main())
+
+
+@needs_server
+def test_many_large_reads_at_once_all_hit(server: Server) -> None:
+    async def main() -> None:
+        value = CachedTokens("bfloat16", (576, 4096), os.urandom(576 * 4096 * 2))
+        async with opened(server, timeout=2.0) as cache:
+            assert await cache.store("k", value)
+            values = await asyncio.gather(*(cache.get("k") for _ in range(30)))
+            assert all(found == value for found in values)
 
     run(main())
 
@@ -421,6 +447,18 @@ def test_close_is_bounded_when_writes_hang() -> None:
     run(main())
 
 
+def test_writes_that_take_too_long_are_errors_and_three_of_them_open_the_breaker() -> None:
+    async def main() -> None:
+        client = GatedClient()
+        cache = RedisCache(client, timeout=0.02)
+        for expected in ("closed", "closed", "open"):
+            assert not await cache.store("a", tokens())
+            assert cache.stats().breaker == expected
+        await cache.close()
+
+    run(main())
+
+
 class BrokenClient(GatedClient):
     """Every command fails until `well`; counts the pings."""
 
@@ -431,7 +469,7 @@ class BrokenClient(GatedClient):
         self.pings += args[0] == "PING"
         if not self.well:
             raise ConnectionError
-        return b""
+        return b"PONG"
 
 
 def test_only_the_background_probe_asks_while_the_breaker_is_open() -> None:
