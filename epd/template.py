@@ -132,7 +132,7 @@ class _Budget:
 class _Generation(Extension):
     """`{% generation %}` marks the assistant's words for training; here it only groups them."""
 
-    tags = frozenset({"generation"})
+    tags = {"generation"}  # noqa: RUF012 - the base class declares it so
 
     def parse(self, parser: Parser) -> list[nodes.Node]:
         next(parser.stream)
