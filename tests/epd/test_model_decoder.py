@@ -9,6 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from transformers import LlamaConfig, LlavaForConditionalGeneration
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
 from epd.errors import CheckpointError
 from epd.models.card import ModelCard
 from epd.models.checkpoint import Checkpoint
@@ -18,8 +21,6 @@ from epd.models.rope import inverse_frequencies
 from epd.models.text_config import RopeConfig
 from epd.models.tiny import write_tiny_llava
 from epd.models.vision import VisionEncoder
-from transformers import LlamaConfig, LlavaForConditionalGeneration
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 BLOCK = 4
 LLAMA3 = {
@@ -97,7 +98,9 @@ def embed(decoder: Decoder, ids: list[int], image_id: int, features: list[torch.
     return hidden
 
 
-def greedy(decoder: Decoder, hiddens: list[torch.Tensor], steps: int) -> tuple[list[list[int]], Any]:
+def greedy(
+    decoder: Decoder, hiddens: list[torch.Tensor], steps: int
+) -> tuple[list[list[int]], Any]:
     """Token ids and logits of each step for a batch that prefills together, then decodes."""
     pool = Pool(decoder.config, len(hiddens))
     context, positions = pool.context({s: len(h) for s, h in enumerate(hiddens)})
@@ -286,7 +289,9 @@ def test_random_is_seeded_and_of_the_asked_shape() -> None:
     assert torch.equal(one.embedding, same.embedding)
     assert not torch.equal(one.embedding, other.embedding)
     values = dict(one.named_parameters())
-    assert values["layers.1.attention.qkv_proj.weight"].float().std() == pytest.approx(0.02, rel=0.1)
+    assert values["layers.1.attention.qkv_proj.weight"].float().std() == pytest.approx(
+        0.02, rel=0.1
+    )
     assert bool((values["layers.0.input_norm.weight"] == 1).all())
     per_layer = 64 * (64 + 2 * 32) + 64 * 64 + 3 * 64 * 96 + 2 * 64
     assert one.resident_bytes() == 2 * (2 * 500 * 64 + 2 * per_layer + 64)
@@ -294,15 +299,16 @@ def test_random_is_seeded_and_of_the_asked_shape() -> None:
     assert big.embedding.is_meta
 
 
-def test_decoder_loads_no_vision_weight(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_decoder_loads_no_vision_weight(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     card = ModelCard.load(write_tiny_llava(tmp_path))
     read: list[str] = []
     tensor = Checkpoint.tensor
-    monkeypatch.setattr(
-        Checkpoint, "tensor", lambda self, name, shape=None: read.append(name) or tensor(self, name, shape)
-    )  # fmt: skip
+
+    def noted(self: Checkpoint, name: str, shape: Any = None) -> torch.Tensor:
+        read.append(name)
+        return tensor(self, name, shape)
+
+    monkeypatch.setattr(Checkpoint, "tensor", noted)
     Decoder.load(card)
     assert read
     assert not any("vision" in name or "projector" in name for name in read)
