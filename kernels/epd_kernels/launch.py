@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 __all__ = ["INTERPRETED", "AttentionConfig", "DeviceFacts", "GemmConfig", "attention_config",
-           "device_facts", "gemm_config", "jit", "next_power_of_2", "previous_power_of_2",
-           "row_warps", "tl", "triton"]  # fmt: skip
+           "constant", "device_facts", "gemm_config", "jit", "next_power_of_2",
+           "previous_power_of_2", "row_warps", "tl", "triton"]  # fmt: skip
 
 INTERPRETED = triton is not None and bool(triton.knobs.runtime.interpret)
 
@@ -39,6 +39,11 @@ def jit(kernel: Callable[..., Any]) -> Any:
         return kernel
     varying = [name for name in inspect.signature(kernel).parameters if name == "M"]
     return triton.jit(kernel, do_not_specialize=varying)
+
+
+def constant(value: object) -> Any:
+    """A module constant that kernels may read."""
+    return value if triton is None else tl.constexpr(value)
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,25 +108,30 @@ def attention_config(
 
 @dataclass(frozen=True, slots=True)
 class GemmConfig:
-    """Weight rows and tokens per tile, spans of K, warps and pipeline stages of a GEMM."""
+    """Weight rows and tokens per tile, spans of K, warps and pipeline stages of a GEMM.
+
+    `use_ptx` decodes eight-bit operands with inline assembly, which halves the instructions of the
+    loop; the interpreter has no assembly.
+    """
 
     block_n: int
     block_m: int
     splits: int
     num_warps: int
     num_stages: int
+    use_ptx: bool = not INTERPRETED
 
 
-def gemm_config(device: torch.device, *, M: int, N: int, K: int) -> GemmConfig:
+def gemm_config(device: torch.device, *, M: int, N: int, K: int, bits: int) -> GemmConfig:
     """The launch configuration of a four-bit GEMM: K is split until the device is filled once.
 
     A token tile has at least 16 columns, below which the tensor cores are not used, and a split
-    at least 512 input features.
+    at least 512 input features. `bits` is the width of an activation; wider tiles than these spill.
     """
     if INTERPRETED:
         return GemmConfig(32, 16, 2 if K >= 1024 else 1, 4, 1)
     block_m = min(max(16, next_power_of_2(M)), 128)
-    block_n = 128 if block_m < 128 else 64
+    block_n = 128 if block_m <= (64 if bits == 8 else 32) else 64
     tiles = -(-N // block_n) * -(-M // block_m)
     splits = previous_power_of_2(min(device_facts(device).num_sms // tiles, K // 512))
-    return GemmConfig(block_n, block_m, splits, 4, 4)
+    return GemmConfig(block_n, block_m, splits, 4, 4 if bits == 8 else 3)

@@ -21,7 +21,7 @@ from torch.nn import functional
 
 from .activations import group_sums
 from .errors import FormatError
-from .launch import GemmConfig, gemm_config, jit, tl
+from .launch import GemmConfig, constant, gemm_config, jit, tl
 from .packing import TILE_K, Format, PackedWeight
 
 __all__ = ["w4_gemm", "w4_gemm_ref"]
@@ -32,6 +32,27 @@ _ACCEPTS = {
     Format.HI4: (torch.int8,),
 }
 _UNIT = {torch.float8_e4m3fn: 512.0, torch.int8: 1 / 16}
+
+# $2 holds four packed bytes; $0 and $1 receive their A and B operands
+_U4_PTX = constant("""
+    and.b32 $0, $2, 0x0F0F0F0F;
+    shr.u32 $1, $2, 4;
+    and.b32 $1, $1, 0x0F0F0F0F;
+""")
+_HI4_PTX = constant("""
+    and.b32 $0, $2, 0xF0F0F0F0;
+    shl.b32 $1, $2, 4;
+    and.b32 $1, $1, 0xF0F0F0F0;
+""")
+_SM7_PTX = constant("""{
+    .reg .b32 magnitude, sign;
+    and.b32 $0, $2, 0x87878787;
+    shr.u32 magnitude, $2, 4;
+    and.b32 magnitude, magnitude, 0x07070707;
+    shl.b32 sign, $2, 4;
+    and.b32 sign, sign, 0x80808080;
+    or.b32 $1, magnitude, sign;
+}""")
 
 
 def w4_gemm(
@@ -66,9 +87,20 @@ def w4_gemm_ref(
 
 
 @jit
-def _operands(b_q: tl.tensor, FORMAT: tl.constexpr, dtype: tl.constexpr) -> tl.tensor:
-    """The two matrix operands a block of bytes carries."""
-    if FORMAT == "sm7":
+def _operands(
+    b_q: tl.tensor, FORMAT: tl.constexpr, dtype: tl.constexpr, USE_PTX: tl.constexpr
+) -> tl.tensor:
+    """The two matrix operands a block of bytes carries.
+
+    The PTX forms do four bytes per instruction and are bit-equal to the portable ones.
+    """
+    if USE_PTX:
+        other: tl.constexpr = _HI4_PTX if FORMAT == "hi4" else _U4_PTX
+        asm: tl.constexpr = _SM7_PTX if FORMAT == "sm7" else other
+        b_a, b_b = tl.inline_asm_elementwise(
+            asm, "=r,=r,r", [b_q], dtype=(tl.uint8, tl.uint8), is_pure=True, pack=4
+        )
+    elif FORMAT == "sm7":
         b_a = b_q & 0x87
         b_b = ((b_q >> 4) & 0x07) | ((b_q << 4) & 0x80)
     elif FORMAT == "hi4":
@@ -104,7 +136,7 @@ def _w4_gemm_kernel(
     x_scales: tl.tensor, bias: tl.tensor, out: tl.tensor, M: tl.tensor, stride_x: tl.tensor,
     unit: tl.tensor, N: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr, FORMAT: tl.constexpr,
     SPLITS: tl.constexpr, SCALED: tl.constexpr, BIASED: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_J: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_J: tl.constexpr, USE_PTX: tl.constexpr,
 ) -> None:  # fmt: skip
     """BLOCK_N weight rows by BLOCK_M tokens over one of SPLITS spans of K.
 
@@ -130,7 +162,7 @@ def _w4_gemm_kernel(
         b_q = tl.load(p_data + i * BLOCK_J, mask=m_n[:, None], other=0)
         b_xa = tl.load(p_x + k, mask=m_m[None, :], other=0.0)
         b_xb = tl.load(p_x + k + 64, mask=m_m[None, :], other=0.0)
-        b_a, b_b = _operands(b_q, FORMAT, x.dtype.element_ty)
+        b_a, b_b = _operands(b_q, FORMAT, x.dtype.element_ty, USE_PTX)
         b_p = tl.dot(b_a, b_xa, input_precision="ieee")
         if GROUP < 128:
             b_acc += _scaled(b_p, scales, zeros, p_sums + k // SPAN, k // GROUP,
@@ -201,7 +233,9 @@ def w4_gemm_triton(
     zeros = sums = weight.scales  # never read without zeros
     if weight.zeros is not None:
         zeros, sums = weight.zeros, group_sums(x, min(group, TILE_K)) / unit
-    config = config or gemm_config(x.device, M=tokens, N=features, K=width)
+    config = config or gemm_config(
+        x.device, M=tokens, N=features, K=width, bits=8 * x.element_size()
+    )
     splits, target = config.splits, out
     if splits > 1:
         target = torch.empty(splits, tokens, features, dtype=torch.float32, device=x.device)
@@ -212,7 +246,7 @@ def w4_gemm_triton(
         x.stride(0), unit, N=features, K=width, GROUP=group, FORMAT=weight.format.value,
         SPLITS=splits, BLOCK_N=config.block_n, BLOCK_M=config.block_m,
         BLOCK_J=min(group, TILE_K // 2), num_warps=config.num_warps, num_stages=config.num_stages,
-        **epilogue,
+        USE_PTX=config.use_ptx and x.element_size() == 1, **epilogue,
     )  # fmt: skip
     if splits > 1:
         grid = (tokens, -(-features // 1024), 1)

@@ -10,6 +10,7 @@ from epd_kernels import FormatError
 from epd_kernels.activations import quantize_fp8, quantize_int8
 from epd_kernels.launch import GemmConfig
 from epd_kernels.packing import Format, QuantWeight, pack, quantize_weight
+from epd_kernels.w4_gemm import w4_gemm_ref
 
 SCHEMES = {
     "w4a16-u4": (Format.U4, None),
@@ -144,14 +145,27 @@ def test_end_error_is_the_known_one(scheme):
     x, scales, packed, _, _ = _operands(scheme, 32, 64, 4096, 128, torch.float32, "cpu")
     rng = torch.Generator().manual_seed(0)
     exact = torch.randn(32, 4096, generator=rng) @ torch.randn(64, 4096, generator=rng).t()
-    out = _ref()(x, packed, out_dtype=torch.float32, x_scales=scales)
+    out = w4_gemm_ref(x, packed, out_dtype=torch.float32, x_scales=scales)
     assert float((out - exact).norm() / exact.norm()) == pytest.approx(BANDS[scheme], rel=0.05)
 
 
-def _ref():
-    from epd_kernels.w4_gemm import w4_gemm_ref
-
-    return w4_gemm_ref
+@pytest.mark.gpu
+@pytest.mark.parametrize("scheme", [name for name in SCHEMES if name != "w4a16-u4"])
+def test_ptx_equals_its_portable_twin(scheme, gpu):
+    """Every pair of codes through both decodes, bit for bit."""
+    x, scales, packed, _, _ = _operands(scheme, 64, 256, 4096, 128, torch.float32, "cpu")
+    move = torch.device(gpu.device)
+    everything = torch.arange(256, dtype=torch.uint8).repeat(8)
+    packed.data[0, :] = everything[: packed.data.shape[1]]
+    run, packed = gpu.op("w4_gemm", "w4_gemm"), packed.to(move)
+    outs = [
+        run(
+            x.to(move), packed, out_dtype=torch.float32, x_scales=scales.to(move),
+            config=GemmConfig(128, 64, 1, 4, 3, use_ptx),
+        )
+        for use_ptx in (False, True)
+    ]  # fmt: skip
+    assert torch.equal(*outs)
 
 
 MODEL_SHAPES = [

@@ -1,0 +1,128 @@
+"""Compile the kernels for sm_90 and print, as JSON, what their machine code is made of."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+import sys
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+attention, gemm, norm, rope, silu_mul, kv_store, launch = (
+    importlib.import_module(f"epd_kernels.{name}")
+    for name in ("paged_attention", "w4_gemm", "norm", "rope", "silu_mul", "kv_store", "launch")
+)
+CPU = torch.device("cpu")
+LENGTHS = {"block_tables": "*i32", "cu_seqlens_q": "*i32", "seq_lens": "*i32", "scale_log2": "fp32"}
+
+
+def build(kernel: Any, types: dict[str, str], constants: dict[str, Any], warps: int, stages: int):
+    """`kernel` compiled with every pointer and stride a multiple of 16."""
+    names = kernel.arg_names
+    signature = {n: "constexpr" if n in constants else types.get(n, "i32") for n in names}
+    aligned = {
+        (i,): [["tt.divisibility", 16]]
+        for i, n in enumerate(names)
+        if signature[n].startswith("*") or "stride" in n
+    }
+    fixed = {(names.index(n),): value for n, value in constants.items()}
+    options = {"num_warps": warps, "num_stages": stages}
+    source = ASTSource(kernel, signature, fixed, aligned)
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+
+
+def loop_length(sass: str) -> int:
+    """Instructions in the longest body of a backward jump."""
+    labels: dict[str, int] = {}
+    count = longest = 0
+    for line in sass.splitlines():
+        if label := re.match(r"\s*(\.?L\w+):", line):
+            labels[label[1]] = count
+            continue
+        count += line.rstrip().endswith(";")
+        jump = re.search(r"\bBRA\b.*?(\.?L\w+)", line)
+        if jump and jump[1] in labels:
+            longest = max(longest, count - labels[jump[1]])
+    return longest
+
+
+def describe(built: Any) -> dict[str, Any]:
+    ptx, sass = built.asm["ptx"], built.asm["sass"]
+    kinds = re.findall(r"wgmma\.mma_async\.sync\.aligned\.m64n\d+k\d+\.\w+\.(\w+)", ptx)
+    return {
+        "wgmma": {kind: kinds.count(kind) for kind in sorted(set(kinds))},
+        "mma": len(re.findall(r"\bmma\.sync", ptx)),
+        "spills": len(re.findall(r"\b(?:LDL|STL)\b", sass)),
+        "loop": loop_length(sass),
+    }
+
+
+def all_kernels() -> dict[str, dict[str, Any]]:
+    found = {}
+    for dtype in ("fp16", "bf16"):
+        p = f"*{dtype}"
+        types = {**LENGTHS, "q": p, "k_cache": p, "v_cache": p, "out": p,
+                 "partial": "*fp32", "stats": "*fp32"}  # fmt: skip
+        tile = {"GROUP": 4, "D": 128, "BLOCK_N": 64, "BLOCK_D": 128}
+        prefill = build(attention._prefill_kernel, types, {**tile, "BLOCK_M": 128}, 8, 3)
+        found[f"prefill-{dtype}"] = describe(prefill)
+        decode = build(attention._decode_kernel, types, {**tile, "BLOCK_M": 16, "SPLITS": 4}, 4, 3)
+        found[f"decode-{dtype}"] = describe(decode)
+    combine = {"D": 128, "BLOCK_D": 128, "SPLITS": 4, "BLOCK_S": 4}
+    types = {"partial": "*fp32", "stats": "*fp32", "out": "*bf16"}
+    found["combine"] = describe(build(attention._combine_kernel, types, combine, 4, 3))
+    found |= elementwise() | gemms()
+    return found
+
+
+def elementwise() -> dict[str, dict[str, Any]]:
+    def pointers(*names: str) -> dict[str, str]:
+        return dict.fromkeys(names, "*bf16")
+
+    row = {"D": 4096, "BLOCK_D": 4096, "HAS_RESIDUAL": True}
+    heads = {"HEADS": 32, "KV_HEADS": 8, "HALF": 64, "BLOCK_H": 32, "BLOCK_KV": 8, "BLOCK_D": 64}
+    store = {"HEADS": 8, "D": 128, "BLOCK_H": 8, "BLOCK_D": 128}
+    caches = {**pointers("k", "v", "k_cache", "v_cache"), "slot_mapping": "*i64"}
+    norms = {**pointers("x", "residual", "weight", "out", "total"), "eps": "fp32"}
+    angles = pointers("q", "k", "cos", "sin", "q_out", "k_out")
+    return {
+        "rms_norm": describe(build(norm._rms_norm_kernel, norms, row, 8, 3)),
+        "rope": describe(build(rope._rope_kernel, angles, heads, 8, 3)),
+        "silu_mul": describe(
+            build(silu_mul._silu_mul_kernel, pointers("gate_up", "out"), {"BLOCK": 1024}, 4, 3)
+        ),
+        "store_kv": describe(build(kv_store._store_kv_kernel, caches, store, 2, 3)),
+    }
+
+
+def gemms() -> dict[str, dict[str, Any]]:
+    found = {}
+    fixed = {"N": 4096, "K": 4096, "GROUP": 128, "SPLITS": 1, "SCALED": True, "BIASED": True,
+             "BLOCK_J": 64}  # fmt: skip
+    pairs = [("u4", "bf16"), ("u4", "fp8e4nv"), ("sm7", "fp8e4nv"), ("hi4", "i8")]
+    for code, dtype in pairs:
+        types = {"x": f"*{dtype}", "data": "*u8", "bias": "*bf16", "out": "*bf16", "unit": "fp32"}
+        types |= dict.fromkeys(("scales", "zeros", "sums", "x_scales"), "*fp32")
+        bits = 16 if dtype == "bf16" else 8
+        for tokens in (16, 64, 128):
+            config = launch.gemm_config(CPU, M=tokens, N=4096, K=4096, bits=bits)
+            rows = config.block_n
+            tile = {"FORMAT": code, "BLOCK_M": config.block_m, "BLOCK_N": rows,
+                    "USE_PTX": bits == 8}  # fmt: skip
+            built = build(
+                gemm._w4_gemm_kernel, types, {**fixed, **tile}, config.num_warps, config.num_stages
+            )
+            result = describe(built)
+            # one trip of the loop takes 128 inputs of each row, in 4 warps of 32 lanes
+            result["per_weight"] = result["loop"] * 4 * 32 / (rows * 128)
+            found[f"gemm-{code}-{dtype}-{tokens}"] = result
+    return found
+
+
+if __name__ == "__main__":
+    json.dump(all_kernels(), sys.stdout)

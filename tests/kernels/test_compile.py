@@ -1,0 +1,72 @@
+"""Kernels compile for compute capability 9.0 without a GPU, onto the instructions meant for them.
+
+Compilation needs a process in which Triton does not interpret, so one child compiles everything.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from epd_kernels.launch import triton
+
+CHILD = Path(__file__).with_name("compile_for_hopper.py")
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    if triton is None:
+        pytest.skip("Triton is not installed")
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
+    done = subprocess.run([sys.executable, CHILD], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_nothing_spills(compiled):
+    assert {name: r["spills"] for name, r in compiled.items() if r["spills"]} == {}
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+def test_prefill_runs_on_wgmma(compiled, dtype):
+    result = compiled[f"prefill-{dtype}"]
+    assert result["wgmma"] and not result["mma"]
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+def test_decode_runs_on_tensor_cores(compiled, dtype):
+    """Sixteen rows are too few for wgmma; the older instruction is right here."""
+    assert compiled[f"decode-{dtype}"]["mma"]
+
+
+@pytest.mark.parametrize("tokens", [16, 64, 128])
+@pytest.mark.parametrize(
+    ("scheme", "kind"),
+    [("u4-bf16", "bf16"), ("u4-fp8e4nv", "e4m3"), ("sm7-fp8e4nv", "e4m3"), ("hi4-i8", "s8")],
+)
+def test_gemm_runs_on_wgmma_of_its_type(compiled, scheme, kind, tokens):
+    """Even 16 tokens: weights are the wide operand. Nothing is widened to another type."""
+    result = compiled[f"gemm-{scheme}-{tokens}"]
+    assert not result["mma"]
+    assert set(result["wgmma"]) == {kind}
+
+
+@pytest.mark.parametrize(
+    ("scheme", "tokens", "limit"),
+    [
+        ("sm7-fp8e4nv", 16, 1.7),
+        ("sm7-fp8e4nv", 64, 2.2),
+        ("u4-fp8e4nv", 16, 1.8),
+        ("u4-fp8e4nv", 64, 3.3),
+        ("hi4-i8", 16, 1.6),
+        ("hi4-i8", 64, 2.5),
+    ],
+)
+def test_gemm_instructions_per_weight(compiled, scheme, tokens, limit):
+    """Decode issues well under the 3.9 lane-instructions per weight that full bandwidth allows."""
+    assert 0.5 < compiled[f"gemm-{scheme}-{tokens}"]["per_weight"] < limit
