@@ -17,18 +17,7 @@ import warnings
 from enum import IntEnum
 from typing import BinaryIO
 
-from PIL import (
-    GifImagePlugin,
-    Image,
-    ImageChops,
-    ImageFile,
-    JpegImagePlugin,
-    MpoImagePlugin,
-    PngImagePlugin,
-    TiffImagePlugin,
-    UnidentifiedImageError,
-    WebPImagePlugin,
-)
+from PIL import Image, ImageChops, ImageFile, UnidentifiedImageError
 
 __all__ = ["REPLY", "REQUEST", "ImageRefused", "Status", "decode"]
 
@@ -39,15 +28,6 @@ MIN_SIDE = 2
 MAX_ASPECT = 200
 _STRIP_BYTES = 1 << 20
 _FORMATS = ("PNG", "JPEG", "WEBP", "GIF")
-# loaded before the limits close the file system
-_PLUGINS = (
-    GifImagePlugin,
-    JpegImagePlugin,
-    MpoImagePlugin,
-    PngImagePlugin,
-    TiffImagePlugin,  # reads EXIF
-    WebPImagePlugin,
-)
 _ORIENTATION_TAG = 0x0112
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -59,7 +39,7 @@ _TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 # PNG states a transparent grey in samples of the file's depth, Pillow hands out 8-bit values
-_GREY_SCALE = {"1": 255, "L;2": 85, "L;4": 17, "L": 1}
+_GREY_SCALE = {"L;2": 85, "L;4": 17}
 
 
 class Status(IntEnum):
@@ -96,9 +76,11 @@ def decode(data: bytes, max_pixels: int) -> Image.Image:
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):
         raise ImageRefused(Status.TOO_MANY_PIXELS) from None
     _check_size(*image.size, max_pixels)
-    orientation = _orientation(image)
-    rgb = _to_rgb(image)
-    turn = _TURNS.get(orientation)
+    depth = _png_depth(image)
+    # loaded before anything else looks: reading EXIF would load, and hide that it failed
+    image.load()
+    turn = _TURNS.get(_orientation(image))
+    rgb = _to_rgb(image, depth)
     return rgb if turn is None else rgb.transpose(turn)
 
 
@@ -128,9 +110,7 @@ def _png_depth(image: ImageFile.ImageFile) -> str:
     return args if isinstance(args, str) else str(args[0]) if args else ""
 
 
-def _to_rgb(image: ImageFile.ImageFile) -> Image.Image:
-    depth = _png_depth(image)
-    image.load()
+def _to_rgb(image: Image.Image, depth: str) -> Image.Image:
     transparency = image.info.get("transparency")
     if transparency is not None and depth.endswith("16B"):
         raise ImageRefused(Status.DEEP_TRANSPARENCY)
@@ -198,6 +178,18 @@ def _serve_one(data: bytes, out: BinaryIO, cpu_seconds: float, max_pixels: int) 
         signal.setitimer(signal.ITIMER_PROF, 0.0)
 
 
+def _warm_up(max_pixels: int) -> None:
+    """Decode one image of each format, so that nothing is imported once files are out of reach."""
+    exif = Image.Exif()
+    exif[_ORIENTATION_TAG] = 6
+    frame = Image.new("RGBA", (2, 2))
+    for kind in _FORMATS:
+        image = frame.convert("RGB") if kind == "JPEG" else frame
+        buffer = io.BytesIO()
+        image.save(buffer, kind, exif=exif.tobytes())
+        decode(buffer.getvalue(), max_pixels)
+
+
 def _limit(memory_bytes: int) -> None:
     for what, value in (
         (resource.RLIMIT_AS, memory_bytes),
@@ -216,7 +208,7 @@ def main(cpu_seconds: float, memory_bytes: int, max_pixels: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     warnings.simplefilter("error")
     Image.MAX_IMAGE_PIXELS = max_pixels
-    Image.preinit()
+    _warm_up(max_pixels)
     _limit(memory_bytes)
     _say(Status.READY, out)
     while len(prefix := source.read(REQUEST.size)) == REQUEST.size:
