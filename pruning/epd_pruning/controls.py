@@ -12,7 +12,7 @@ from torch import Tensor
 
 from epd_pruning.base import ImagePruner, VisionInputs
 from epd_pruning.errors import PruningError
-from epd_pruning.selection import at_least_fp32, spread
+from epd_pruning.selection import at_least_fp32, group_sums, spread
 
 __all__ = ["LowResolution", "Random", "UniformStride"]
 
@@ -75,12 +75,10 @@ class LowResolution(ImagePruner):
         cell = _cell_of(rows, coarse[0], inputs.device)[:, None] * coarse[1]
         cell = (cell + _cell_of(columns, coarse[1], inputs.device)).flatten()
         num_cells = coarse[0] * coarse[1]
-        source = at_least_fp32(inputs.embeddings)
-        sums = source.new_zeros(num_cells, source.shape[1]).index_add_(0, cell, source)
-        means = sums / cell.bincount(minlength=num_cells)[:, None]
+        sums, sizes = group_sums(at_least_fp32(inputs.embeddings), cell, num_cells)
         merged = pooled.embeddings.clone()
         places = torch.searchsorted(order.sort().values, order[:num_cells])
-        merged[places] = means.to(merged.dtype)
+        merged[places] = (sums / sizes[:, None]).to(merged.dtype)
         return replace(pooled, embeddings=merged)
 
 

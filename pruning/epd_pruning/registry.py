@@ -15,8 +15,10 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from epd_pruning.base import TokenPruner
+    from epd_pruning.layer_base import LayerPruner
+    from epd_pruning.schedule import Schedule
 
-__all__ = ["available", "fingerprint", "token_pruner"]
+__all__ = ["available", "fingerprint", "layer_pruner", "token_pruner"]
 
 # raise when a method's answers change although its hyper-parameters do not
 REVISION = 1
@@ -34,40 +36,65 @@ _TOKEN_PRUNERS = {
     "visionzip": "epd_pruning.visionzip:VisionZip",
     "vispruner": "epd_pruning.vispruner:VisPruner",
 }
+_LAYER_PRUNERS = {
+    "adaptinfer": "epd_pruning.adaptinfer:AdaptInfer",
+    "dart_layer": "epd_pruning.layer_rivals:DartLayer",
+    "fastv": "epd_pruning.layer_rivals:FastV",
+    "pyramiddrop": "epd_pruning.layer_rivals:PyramidDrop",
+    "sparsevlm": "epd_pruning.sparsevlm:SparseVLM",
+}
 
 
-def available() -> tuple[str, ...]:
-    """Names that run before the LLM, sorted."""
-    return tuple(sorted(_TOKEN_PRUNERS))
+def available(kind: Literal["token", "layer"] = "token") -> tuple[str, ...]:
+    """Names of the methods that run before the LLM ("token") or inside it ("layer"), sorted."""
+    return tuple(sorted(_TOKEN_PRUNERS if kind == "token" else _LAYER_PRUNERS))
 
 
 def token_pruner(name: str, params: Mapping[str, Any] | None = None) -> TokenPruner:
     """The method `name` with `params` over its defaults; bad ones are a `PruningError`."""
-    pruner: TokenPruner = _build(_TOKEN_PRUNERS, name, params or {})
+    cls = _load(_TOKEN_PRUNERS, name)
+    pruner: TokenPruner = cls(**_checked(cls, params or {}))
     return pruner
 
 
-def fingerprint(pruner: TokenPruner) -> str:
+def layer_pruner(
+    name: str, schedule: Schedule | str, *, params: Mapping[str, Any] | None = None
+) -> LayerPruner:
+    """The method `name` on `schedule`, or on its published preset of that name."""
+    cls = _load(_LAYER_PRUNERS, name)
+    if isinstance(schedule, str):
+        if schedule not in cls.presets:
+            raise PruningError("schedule", f"one of {', '.join(cls.presets)}", schedule)
+        schedule = cls.presets[schedule]
+    pruner: LayerPruner = cls(schedule=schedule, **_checked(cls, params or {}))
+    return pruner
+
+
+def fingerprint(pruner: TokenPruner | LayerPruner) -> str:
     """SHA-256 (hex) of name, revision and every hyper-parameter: a part of cache keys."""
     told = {"method": pruner.name, "revision": REVISION, "params": asdict(pruner)}
     canonical = json.dumps(told, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(canonical.encode()).hexdigest()
 
 
-def _build(methods: Mapping[str, str], name: str, params: Mapping[str, Any]) -> Any:
+def _load(methods: Mapping[str, str], name: str) -> Any:
     if name not in methods:
         raise PruningError("method", f"one of {', '.join(sorted(methods))}", name)
     module, _, attribute = methods[name].partition(":")
-    cls = getattr(import_module(module), attribute)
+    return getattr(import_module(module), attribute)
+
+
+def _checked(cls: Any, params: Mapping[str, Any]) -> dict[str, Any]:
+    """`params` as constructor arguments, once every name and type is one that `cls` declares."""
     hints = get_type_hints(cls)
-    known = {field.name: hints[field.name] for field in fields(cls)}
+    known = {field.name: hints[field.name] for field in fields(cls) if field.name != "schedule"}
     for key, value in params.items():
         if key not in known:
             takes = ", ".join(known) or "nothing"
-            raise PruningError(key, f"left out: {name} takes {takes}", value)
+            raise PruningError(key, f"left out: {cls.name} takes {takes}", value)
         if not _fits(value, known[key]):
             raise PruningError(key, f"of type {_spell(known[key])}", value)
-    return cls(**{key: _convert(value, known[key]) for key, value in params.items()})
+    return {key: _convert(value, known[key]) for key, value in params.items()}
 
 
 def _fits(value: object, hint: Any) -> bool:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 __all__ = [
     "at_least_fp32",
     "cosine_matrix",
+    "group_sums",
     "keep_count",
     "split_budget",
     "spread",
@@ -47,6 +48,15 @@ def cosine_matrix(x: Tensor, y: Tensor | None = None) -> Tensor:
     cosines = rows @ rows.mT
     cosines.diagonal(dim1=-2, dim2=-1).copy_((rows != 0).any(-1))
     return cosines
+
+
+def group_sums(rows: Tensor, home: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Sums [count, D] of the `rows` [N, D] of each group `home` [N], and group sizes [count].
+
+    A product with the membership matrix, because scattered additions on a GPU come in any order.
+    """
+    member = (home == torch.arange(count, device=home.device)[:, None]).to(rows.dtype)
+    return member @ rows, member.sum(1)
 
 
 def stable_top_k(scores: Tensor, count: int, *, largest: bool = True) -> Tensor:

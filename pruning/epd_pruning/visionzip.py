@@ -13,7 +13,7 @@ from torch import Tensor
 
 from epd_pruning.base import ImagePruner, VisionInputs
 from epd_pruning.errors import PruningError
-from epd_pruning.selection import at_least_fp32, cosine_matrix, stable_top_k
+from epd_pruning.selection import at_least_fp32, cosine_matrix, group_sums, stable_top_k
 
 __all__ = ["VisionZip"]
 
@@ -58,11 +58,10 @@ class VisionZip(ImagePruner):
         keys = inputs.require("encoder_keys")
         home = cosine_matrix(keys[dropped], keys[targets]).argmax(1)
         source = at_least_fp32(inputs.embeddings)
-        sums = source.new_zeros(contextual, source.shape[1]).index_add_(0, home, source[dropped])
-        sizes = home.bincount(minlength=contextual).clamp_min(1)
+        sums, sizes = group_sums(source[dropped], home, contextual)
         merged = pooled.embeddings.clone()
         places = torch.searchsorted(order.sort().values, targets)
-        merged[places] = (source[targets] + sums / sizes[:, None]).to(merged.dtype)
+        merged[places] = (source[targets] + sums / sizes.clamp_min(1)[:, None]).to(merged.dtype)
         return replace(pooled, embeddings=merged)
 
     def _contextual(self, count: int) -> int:
