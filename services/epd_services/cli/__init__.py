@@ -1,0 +1,1 @@
+"""The `epd` command and its subcommands."""
