@@ -385,6 +385,19 @@ def test_something_else_behind_the_socket(tmp_path: Path, behaviour: Any) -> Non
     run(main())
 
 
+def test_one_unanswered_read_opens_the_breaker(tmp_path: Path) -> None:
+    async def main() -> None:
+        listener = await asyncio.start_unix_server(_silent, tmp_path / "s")
+        cache = open_cache(f"unix://{tmp_path}/s")
+        assert await cache.get("k") is None
+        assert (cache.stats().errors, cache.stats().breaker) == (1, "open")
+        await cache.close()
+        listener.close()
+        await eventually(_alone)
+
+    run(main())
+
+
 class GatedClient:
     """A client whose SET waits until the gate opens."""
 
