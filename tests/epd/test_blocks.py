@@ -1,10 +1,11 @@
 """The block manager against a model of what it promises."""
 
 import pytest
-from epd.kv.blocks import BlockManager, BlockTable, ImageSpan, extend_hashes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from epd.kv.blocks import BlockManager, BlockTable, ImageSpan, extend_hashes
 
 BLOCK = 4
 

@@ -1,4 +1,4 @@
-"""The engine core against transformers' greedy generate, on tiny random LLaVA checkpoints in fp32."""
+"""The engine core against transformers' greedy generate, on tiny random checkpoints in fp32."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from epd.config import EngineConfig
 from epd.core import EngineCore, NewSequence
 from epd.kv.handoff import KVHandoff

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from epd.config import EngineConfig
 from epd.core import EngineCore, NewSequence, StepResult
 from epd.errors import InvalidRequestError, WireError

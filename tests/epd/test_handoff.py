@@ -7,6 +7,7 @@ from typing import Any
 import msgspec
 import pytest
 import torch
+
 from epd.errors import WireError
 from epd.kv.handoff import KVHandoff, ModelFacts
 from epd.kv.pool import KVPool

@@ -1,4 +1,4 @@
-"""`LLM` end to end: pictures and messages in, text out, equal to transformers on the same files."""
+"""`LLM` end to end: pictures and messages in, text out, equal to transformers on the same."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+
 from epd import LLM, SamplingParams
 from epd.config import EngineConfig
 from epd.errors import EPDError, InvalidRequestError, MediaError
 from epd.images import rgb_array
 from epd.models.tiny import write_tiny_llava
 from epd.request import FinishReason
-from PIL import Image
 
 FREE = SamplingParams(max_tokens=32, ignore_eos=True)
 
@@ -159,7 +160,8 @@ def test_a_stop_string_cuts_the_text_and_frees_the_request(llm: LLM):
     whole = llm.chat("tell me", sampling=FREE)
     middle = len(whole.text) // 2
     stop = whole.text[middle : middle + 3]
-    done = llm.chat("tell me", sampling=SamplingParams(max_tokens=32, ignore_eos=True, stop=(stop,)))
+    sampling = SamplingParams(max_tokens=32, ignore_eos=True, stop=(stop,))
+    done = llm.chat("tell me", sampling=sampling)
     assert done.text == whole.text[: whole.text.index(stop)]
     assert done.finish_reason is FinishReason.STOP
     assert len(done.token_ids) < 32

@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from epd.request import SamplingParams
-from epd.sampler import SampleRow, apply_penalties, keep_counts, sample, uniform
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from epd.request import SamplingParams
+from epd.sampler import SampleRow, apply_penalties, keep_counts, sample, uniform
 
 
 def row(

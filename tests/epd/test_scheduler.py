@@ -5,14 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from epd.config import EngineConfig
 from epd.errors import InvalidRequestError
 from epd.kv.blocks import BlockManager
 from epd.request import SamplingParams
 from epd.scheduler import Plan, Scheduler
 from epd.sequence import Sequence, SequenceState
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 
 @dataclass
