@@ -1,0 +1,155 @@
+"""A stack of real processes, with clients that remember what they were told."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import io
+import json
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import httpx
+import pytest
+from epd_services.settings import Settings, load_settings
+from epd_services.supervisor import Supervisor
+from PIL import Image
+
+
+@dataclass
+class Reply:
+    """What one streaming client saw."""
+
+    status: int = 0
+    text: str = ""
+    finish_reason: str | None = None
+    error: dict[str, Any] | None = None
+    usage: dict[str, Any] | None = None
+    retry_after: str | None = None
+    chunks: list[str] = field(default_factory=list)
+
+
+class Stack:
+    """A supervisor and its processes, driven from a thread of their own."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.url = f"http://127.0.0.1:{settings.port}"
+        self.supervisor = Supervisor(settings)
+        self.loop = asyncio.new_event_loop()
+        self.thread = threading.Thread(target=self.loop.run_forever, daemon=True)
+        self.thread.start()
+        self.call(self.supervisor.start())
+        self.wait_ready()
+        self.model = httpx.get(f"{self.url}/v1/models").json()["data"][0]["id"]
+
+    def call(self, work: Any) -> Any:
+        return asyncio.run_coroutine_threadsafe(work, self.loop).result(60)
+
+    def wait_ready(self, workers: int | None = None, limit: float = 60.0) -> None:
+        """Until `/ready` says so, and as many workers as the topology has are known."""
+        expected = workers or len(self.supervisor.children) - 1
+        until = time.monotonic() + limit
+        while time.monotonic() < until:
+            try:
+                if httpx.get(f"{self.url}/ready").status_code == 200 and (
+                    len(self.pipeline()["workers"]) >= expected
+                ):
+                    return
+            except httpx.TransportError:
+                pass
+            time.sleep(0.1)
+        raise AssertionError(self.logs())
+
+    def pipeline(self) -> dict[str, Any]:
+        data: dict[str, Any] = httpx.get(f"{self.url}/v1/pipeline").json()
+        return data
+
+    def logs(self) -> str:
+        directory = self.supervisor.run_dir
+        return "\n".join(f"{p.name}: {p.read_text()[-2000:]}" for p in directory.glob("*.log"))
+
+    def kill(self, name: str, number: int = signal.SIGKILL) -> None:
+        pid = self.supervisor.children[name]
+        assert pid is not None
+        os.kill(pid, number)
+
+    def stop(self) -> None:
+        self.call(self.supervisor.stop())
+        self.loop.call_soon_threadsafe(self.loop.stop)
+        self.thread.join(10)
+        self.loop.close()
+
+    def body(self, images: list[Image.Image], question: str, **fields: Any) -> dict[str, Any]:
+        parts: list[dict[str, Any]] = [
+            {"type": "image_url", "image_url": {"url": data_url(image)}} for image in images
+        ]
+        content = [*parts, {"type": "text", "text": question}]
+        return {"model": self.model, "messages": [{"role": "user", "content": content}], **fields}
+
+    async def stream(self, client: httpx.AsyncClient, body: dict[str, Any]) -> Reply:
+        """One streaming request, read to its end."""
+        reply = Reply()
+        asked = body | {"stream": True, "stream_options": {"include_usage": True}}
+        async with client.stream("POST", f"{self.url}/v1/chat/completions", json=asked) as response:
+            reply.status = response.status_code
+            reply.retry_after = response.headers.get("retry-after")
+            if response.status_code != 200:
+                reply.error = json.loads(await response.aread())["error"]
+                return reply
+            async for line in response.aiter_lines():
+                if line.startswith("data: ") and line != "data: [DONE]":
+                    _take(reply, json.loads(line[6:]))
+        return reply
+
+    async def all(self, bodies: list[dict[str, Any]], **client: Any) -> list[Reply]:
+        """Every body at once."""
+        limits = httpx.Limits(max_connections=None)
+        async with httpx.AsyncClient(timeout=120, limits=limits, trust_env=False) as session:
+            return await asyncio.gather(*(self.stream(session, body) for body in bodies))
+
+
+def _take(reply: Reply, chunk: dict[str, Any]) -> None:
+    if "error" in chunk:
+        reply.error = chunk["error"]
+        return
+    reply.usage = chunk.get("usage") or reply.usage
+    for choice in chunk["choices"]:
+        if text := choice["delta"].get("content"):
+            reply.text += text
+            reply.chunks.append(text)
+        reply.finish_reason = choice.get("finish_reason") or reply.finish_reason
+
+
+def data_url(image: Image.Image) -> str:
+    out = io.BytesIO()
+    image.save(out, "PNG")
+    return "data:image/png;base64," + base64.b64encode(out.getvalue()).decode()
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@contextmanager
+def running(**flags: Any) -> Iterator[Stack]:
+    settings, _ = load_settings(port=free_port(), log_level="warning", **flags)
+    stack = Stack(settings)
+    try:
+        yield stack
+    finally:
+        stack.stop()
+
+
+@pytest.fixture(scope="session")
+def start_stack() -> Callable[..., Any]:
+    """A context manager that runs a stack with the given settings."""
+    return running
