@@ -1,0 +1,188 @@
+"""Timing inside CUDA graphs, the device's measured roofs, and the rows of a result file.
+
+A call is timed by capturing it many times in one graph, each time on another copy of its large
+inputs so that none of them waits in the L2 cache, and replaying the graph in windows of 50 ms.
+Launch overhead of Python is outside; the gap between two kernels of a graph is inside, as it is
+when serving. Roofs are measured in the same process: a copy for bytes, vendor matrix products for
+operations.
+"""
+
+from __future__ import annotations
+
+import csv
+import datetime
+import math
+import statistics
+import subprocess
+from dataclasses import asdict, dataclass, fields
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from pathlib import Path
+
+WINDOW_MS = 50.0
+WINDOWS = 9
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """Microseconds per call over the windows."""
+
+    p20: float
+    p50: float
+    p80: float
+
+
+def graph_timing(calls: Sequence[Callable[[], object]]) -> Timing:
+    """Time per call of `calls`, run one after another inside one captured graph."""
+    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    with torch.cuda.stream(stream):
+        for call in calls:
+            call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        for call in calls:
+            call()
+    once = _replay_ms(graph, 3) / 3
+    repeats = max(1, math.ceil(WINDOW_MS / once))
+    per_call = 1000 / (repeats * len(calls))
+    samples = [_replay_ms(graph, repeats) * per_call for _ in range(WINDOWS)]
+    low, *_, high = statistics.quantiles(samples, n=5)
+    return Timing(low, statistics.median(samples), high)
+
+
+def _replay_ms(graph: torch.cuda.CUDAGraph, repeats: int) -> float:
+    start = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+    end = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+    start.record()
+    for _ in range(repeats):
+        graph.replay()
+    end.record()
+    end.synchronize()
+    return float(start.elapsed_time(end))
+
+
+def copies_beyond_l2(bytes_each: int) -> int:
+    """How many copies of an input keep the next one out of the L2 cache: twice its size, or 4."""
+    l2 = torch.cuda.get_device_properties(0).L2_cache_size
+    return min(max(4, math.ceil(2 * l2 / bytes_each)), 64)
+
+
+@dataclass(frozen=True, slots=True)
+class Roofs:
+    """Measured limits: bytes per second of a copy (read and write), operations per second."""
+
+    bytes_per_s: float
+    ops_per_s: dict[str, float]
+
+    def percent(self, micros: float, num_bytes: float, ops: float, kind: str) -> float:
+        """The share of the nearer roof that a call of `micros` reached."""
+        ideal = max(num_bytes / self.bytes_per_s, ops / self.ops_per_s[kind])
+        return 100 * ideal / (micros * 1e-6)
+
+
+def measure_roofs() -> Roofs:
+    """The roofs of the current device, on random data: zeros draw less power and run faster."""
+    size = 1 << 30
+    source = torch.randint(0, 255, (size,), dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    copy = graph_timing([lambda: target.copy_(source)] * 4).p50
+    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in "12")
+    ops = {"bf16": 2 * 8192**3 / (graph_timing([lambda: a @ b] * 2).p50 * 1e-6)}
+    if torch.cuda.get_device_capability() >= (8, 9):
+        a8, b8 = a.to(torch.float8_e4m3fn), b.to(torch.float8_e4m3fn).t()
+        one = torch.ones((), device="cuda")
+        product = lambda: torch._scaled_mm(a8, b8, one, one, out_dtype=torch.bfloat16)  # noqa: E731
+        ops["fp8"] = 2 * 8192**3 / (graph_timing([product] * 2).p50 * 1e-6)
+    # no vendor int8 product takes these shapes everywhere; the hardware rate equals FP8's
+    ops["int8"] = ops.get("fp8", 2 * ops["bf16"])
+    return Roofs(2 * size / (copy * 1e-6), ops)
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One measured cell. `error` is the relative Frobenius distance from the reference."""
+
+    op: str
+    impl: str
+    shape: str
+    p20_us: float
+    p50_us: float
+    p80_us: float
+    tb_per_s: float
+    tflops: float
+    roof_percent: float
+    error: float
+
+
+def environment() -> dict[str, str]:
+    """What a number depends on besides its shape."""
+    import triton
+
+    def ask(*command: str) -> str:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    driver = ask("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "-i", "0")
+    return {
+        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
+        "commit": _commit(),
+        "device": torch.cuda.get_device_name(),
+        "driver": driver,
+        "cuda": str(torch.version.cuda),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+    }
+
+
+def _commit() -> str:
+    """The checkout's commit, or "unknown" outside one."""
+    done = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
+    )
+    return done.stdout.strip() or "unknown"
+
+
+class Results:
+    """Appends rows to a CSV file and prints them; every row carries its environment."""
+
+    def __init__(self, path: Path, roofs: Roofs) -> None:
+        self._path, self._roofs = path, roofs
+        self._environment = environment()
+        rates = ", ".join(f"{k} {v / 1e12:.0f} Tops/s" for k, v in roofs.ops_per_s.items())
+        print(f"{self._environment}\nroofs: copy {roofs.bytes_per_s / 1e12:.2f} TB/s, {rates}")
+
+    def add(
+        self, op: str, impl: str, shape: str, calls: Sequence[Callable[[], object]], *,
+        num_bytes: float, ops: float, kind: str, error: float,
+    ) -> Timing:  # fmt: skip
+        """Time `calls` and write their row."""
+        timing = graph_timing(calls)
+        seconds = timing.p50 * 1e-6
+        row = Row(
+            op, impl, shape, timing.p20, timing.p50, timing.p80, num_bytes / seconds / 1e12,
+            ops / seconds / 1e12, self._roofs.percent(timing.p50, num_bytes, ops, kind), error,
+        )  # fmt: skip
+        self._write(row)
+        return timing
+
+    def _write(self, row: Row) -> None:
+        cells: dict[str, Any] = {
+            k: f"{v:.4g}" if isinstance(v, float) else v for k, v in asdict(row).items()
+        }
+        print("  ".join(f"{k}={cells[k]}" for k in cells), flush=True)
+        fresh = not self._path.exists()
+        with self._path.open("a", newline="") as file:
+            names = [*self._environment, *(f.name for f in fields(Row))]
+            writer = csv.DictWriter(file, names)
+            if fresh:
+                writer.writeheader()
+            writer.writerow({**self._environment, **cells})
+
+
+def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    """Relative Frobenius distance."""
+    return float((actual.float() - expected.float()).norm() / expected.float().norm())
