@@ -27,7 +27,7 @@ def open_cache(
     url: str | None,
     *,
     max_bytes: int = 256 << 20,
-    max_entry_bytes: int = 16 << 20,
+    max_entry_bytes: int = 32 << 20,
     ttl: float = 3600.0,
     timeout: float = 0.2,
     allow_no_password: bool = False,

@@ -26,7 +26,7 @@ class MemoryCache:
         self,
         *,
         max_bytes: int = 256 << 20,
-        max_entry_bytes: int = 16 << 20,
+        max_entry_bytes: int = 32 << 20,
         ttl: float = 3600.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:

@@ -2,7 +2,7 @@
 
 A call costs at most `timeout` seconds, and after one timeout or three errors the breaker makes
 every call a miss at no cost until a background probe finds the server well again. Only a write
-that takes too long counts as a mere error: it may be large, and nobody waits for it.
+that takes too long counts as a mere error, because nobody waits for it.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class RedisCache:
         client: RedisClient,
         *,
         ttl: float = 3600.0,
-        max_entry_bytes: int = 16 << 20,
+        max_entry_bytes: int = 32 << 20,
         queue_entries: int = 256,
         queue_bytes: int = 64 << 20,
         timeout: float = 0.2,
@@ -75,6 +75,7 @@ class RedisCache:
         self._sleep = sleep
         self._prefix = prefix
         self._owner = secrets.token_hex(16).encode()
+        self._draft_name = f"{prefix}draft:{secrets.token_hex(16)}"
         self._slots = asyncio.Semaphore(_CONCURRENCY)
         self._large_slots = asyncio.Semaphore(_LARGE_CONCURRENCY)
         self._writing = asyncio.Lock()
@@ -130,16 +131,11 @@ class RedisCache:
         if self._too_large(value):
             return False
         entry = await _off_loop(value.num_bytes, lambda: pack_entry(key, value))
-        command = ("SET", self._value_name(key), entry, "PX", self._ttl_ms)
         async with self._writing:
-            reply = await self._call(
-                lambda: self._client.execute_command(*command), None, on_timeout=self._breaker.error
-            )
-        if not reply:
-            self.counters.dropped += 1
-            return False
-        self.counters.stored_bytes += len(entry)
-        return True
+            stored = await self._write(self._value_name(key), entry)
+        self.counters.dropped += not stored
+        self.counters.stored_bytes += len(entry) * stored
+        return stored
 
     async def claim(self, key: str, ttl: float) -> bool:
         """True when the claim is won, and when the server cannot be asked: then everybody computes.
@@ -245,6 +241,20 @@ class RedisCache:
         except Exception:
             return False
         return True
+
+    async def _write(self, name: str, entry: bytes) -> bool:
+        """Write in chunks that each fit the timeout; a large value appears whole, by renaming."""
+        large = len(entry) > _CHUNK_BYTES
+        target = self._draft_name if large else name
+        sent = await self._send("SET", target, entry[:_CHUNK_BYTES], "PX", self._ttl_ms)
+        for start in range(_CHUNK_BYTES, len(entry), _CHUNK_BYTES):
+            part = entry[start : start + _CHUNK_BYTES]
+            sent = sent and await self._send("APPEND", target, part)
+        return sent and (not large or await self._send("RENAME", target, name))
+
+    async def _send(self, *command: str | bytes | int) -> bool:
+        call = partial(self._client.execute_command, *command)
+        return bool(await self._call(call, None, on_timeout=self._breaker.error))
 
     async def _fetch(self, key: str) -> CachedTokens | None:
         name = self._value_name(key)
