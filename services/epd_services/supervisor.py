@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shutil
 import signal
 import sys
 import tempfile
@@ -158,6 +159,8 @@ class Supervisor:
         await asyncio.gather(*self._watchers)
         if self._cache is not None:
             await self._cache.stop()
+        if self._settings.run_dir is None and not self.failed:
+            shutil.rmtree(self.run_dir, ignore_errors=True)
 
     def kill(self) -> None:
         """End every process at once."""

@@ -48,7 +48,7 @@ from epd.messages import (
 )
 from epd.node import Node
 from epd.request import FinishReason, MMItem, Request, RequestTimeline, Usage
-from epd.roles import Stage, format_stages, format_topology
+from epd.roles import Stage, StageSet, format_stages, format_topology
 from epd.wire import Blob, Envelope
 from epd_services.gateway.dispatch_api import Generation, ImagePixels, Submission
 from epd_services.gateway.ledger import LedgerGeneration, Record
@@ -71,6 +71,10 @@ class DispatchLimits:
     drain: float = 20.0
     tick: float = 0.1
     peers_every: float = 0.5
+
+
+def _stage_order(stages: StageSet) -> tuple[int, ...]:
+    return tuple("EPD".index(letter) for letter in format_stages(stages))
 
 
 class PipelineDispatcher:
@@ -190,7 +194,9 @@ class PipelineDispatcher:
             for w in sorted(self._membership.workers.values(), key=lambda w: w.worker_id)
         ]
         return {
-            "topology": format_topology([w.stages for w in self._membership.workers.values()]),
+            "topology": format_topology(
+                sorted((w.stages for w in self._membership.workers.values()), key=_stage_order)
+            ),
             "ready": self.ready()[0],
             "inflight": len(self._records),
             "workers": workers,
