@@ -11,9 +11,9 @@ from epd.demo.dropping import draw_dpp_counts, draw_kept, draw_visible
 from epd.demo.packing import IGNORED, Layout, TokenTables
 from epd.demo.questions import caption_valid, draw_questions
 from epd.demo.render import render
-from epd.demo.scenes import SceneBatch, draw_scenes, label_patches
+from epd.demo.scenes import SceneBatch, choose, draw_scenes, label_patches
 from epd.demo.wording import TYPES
-from epd.demo.world import CHARS, MAX_CAPTION_OBJECTS, MAX_OBJECTS, NUM_PROPERTIES
+from epd.demo.world import CHARS, MAX_CAPTION_OBJECTS, MAX_OBJECTS
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -159,8 +159,7 @@ def _draw_phrases(scenes: SceneBatch, generator: torch.Generator) -> tuple[Tenso
     """A property of each image, its objects `[M, O + 1]`, and which images have it `[M, M]`."""
     members = scenes.property_members()
     counts = members.sum(-1)
-    weight = torch.ones(NUM_PROPERTIES, device=counts.device)
-    phrase = torch.multinomial((counts > 0) * weight + 1e-9, 1, generator=generator)[:, 0]
+    phrase = choose((counts > 0).float(), generator)
     rows = torch.arange(len(phrase), device=counts.device)
     about = members[rows, phrase]
     about = torch.cat([about, torch.zeros_like(about[:, :1])], 1)

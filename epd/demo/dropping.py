@@ -15,7 +15,7 @@ from epd.demo.world import CHARS, MAX_OBJECTS
 
 COMPLETE_SHARE = 0.3
 DPP_STRIDE = 4
-DPP_FEWEST, DPP_MOST = 20, 96
+DPP_FEWEST, DPP_MOST = 20, 80
 HIDING_SHARE, HIDING_CHANCE = 0.45, 0.7
 
 
@@ -32,18 +32,18 @@ def greedy_dpp(features: Tensor, count: int) -> Tensor:
     batch, num_tokens = kernel.shape[:2]
     rows = torch.arange(batch, device=kernel.device)
     variance = torch.ones(batch, num_tokens, device=kernel.device)
-    factors = torch.zeros(batch, count, num_tokens, device=kernel.device)
-    picks = torch.empty(batch, count, dtype=torch.long, device=kernel.device)
+    factors = torch.zeros(batch, num_tokens, count, device=kernel.device)
+    picks = []
     for step in range(count):
-        pick = variance.argmax(1)
-        picks[:, step] = pick
-        explained = torch.einsum("bk,bkn->bn", factors[rows, :step, pick], factors[:, :step])
-        scale = variance[rows, pick].clamp(min=1e-6).rsqrt()
-        factor = (kernel[rows, pick] - explained) * scale[:, None]
-        factors[:, step] = factor
-        variance = (variance - factor.square()).clamp(min=0)
-        variance.scatter_(1, picks[:, : step + 1], -1.0)
-    return picks
+        largest, pick = variance.max(1, keepdim=True)
+        picks.append(pick)
+        mine = factors[rows, pick[:, 0]]
+        explained = (factors @ mine[..., None])[..., 0]
+        scale = largest.clamp(min=1e-6).rsqrt()
+        factor = (kernel[rows, pick[:, 0]] - explained) * scale
+        factors[:, :, step] = factor
+        variance = (variance - factor * factor).scatter_(1, pick, -1e9)
+    return torch.cat(picks, 1)
 
 
 @torch.no_grad()

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from epd.demo.dropping import keep_by_dpp
 from epd.demo.model import PIXEL_MEAN, PIXEL_STD, PROJECTION, Size
 from epd.demo.packing import IGNORED, Layout, TokenTables
+from epd.demo.scenes import constant
 from epd.demo.world import CHARS, COLORS, MAX_OBJECTS, RADII, SHAPES
 
 if TYPE_CHECKING:
@@ -106,8 +107,8 @@ class Learner(nn.Module):
         images = slice(pack.first_image, pack.first_image + num_rows * layout.num_images)
         rows = vision_embeddings[images].unflatten(0, (num_rows, layout.num_images))
         embed = decoder.embed_tokens
-        start = torch.tensor(self.tables.start, device=rows.device)
-        gap = torch.tensor(self.tables.image_break, device=rows.device)
+        start = constant(tuple(self.tables.start), rows.device)
+        gap = constant(tuple(self.tables.image_break), rows.device)
         pieces = [embed(start).expand(num_rows, -1, -1), rows[:, 0]]
         for image in range(1, layout.num_images):
             pieces += [embed(gap).expand(num_rows, -1, -1), rows[:, image]]

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from epd.demo.questions import WORD, Questions
+from epd.demo.scenes import constant
 from epd.demo.wording import ANSWERS, MULTI, PROPERTIES, SINGLE, TYPES, prompts_of
 from epd.demo.world import CHARS, COLORS, MAX_CAPTION_OBJECTS, MAX_CHARS, SHAPES, with_article
 
@@ -185,8 +186,8 @@ class TokenTables:
         shown = (number < count[:, None])[..., None].expand(-1, -1, 4).clone()
         shown[:, 0, 0] = False
         words, word_length = self.words(scenes)
-        fixed = torch.tensor([self.conjunction, *self.text_intro], device=self.device)
-        tail = torch.tensor([self.dot, self.eos], device=self.device).expand(batch, -1)
+        fixed = constant((self.conjunction, *self.text_intro), self.device)
+        tail = constant((self.dot, self.eos), self.device).expand(batch, -1)
         spelled = words[:, : MAX_CHARS + 1]
         at = torch.arange(MAX_CHARS + 1, device=self.device)
         tokens = torch.cat([listed, fixed.expand(batch, -1), spelled, tail], 1)

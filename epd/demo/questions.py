@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from epd.demo.scenes import SceneBatch, integers, uniform
+from epd.demo.scenes import SceneBatch, choose, constant, integers, uniform
 from epd.demo.wording import (
     ANSWERS,
     COUNTED,
@@ -30,7 +30,7 @@ from epd.demo.wording import (
 from epd.demo.world import MAX_OBJECTS, NUM_PAIRS, NUM_PROPERTIES, SHAPES, with_article
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable
 
 NUM_SHAPES = len(SHAPES)
 COLOR_0, SHAPE_0, NUMBER_0 = 0, ANSWERS.index(SHAPES[0]), ANSWERS.index(NUMBERS[0])
@@ -88,14 +88,17 @@ class QuestionDrawer:
         """An index `[R, K]` drawn by weight, and whether anything had weight. `[R, N]` or `[R, K, N]`."""
         if weights.ndim == 2:
             weights = weights[:, None].expand(-1, self.num_slots, -1)
-        safe = (weights + 1e-12).reshape(-1, weights.shape[-1])
-        index = torch.multinomial(safe, 1, generator=self.generator).view(weights.shape[:2])
+        index = choose(weights.float(), self.generator)
         return index, weights.gather(2, index[..., None])[..., 0] > 0
 
     def _of_row(self, table: Tensor, *index: Tensor) -> Tensor:
         """`table[row, index...]` for `[R, K]` indices."""
         row = torch.arange(self.num_rows, device=self.device)[:, None].expand(-1, self.num_slots)
         return table[(row, *index)]
+
+    def _only(self, slot: Tensor) -> Tensor:
+        """That one object of each question, bool `[R, K, O]`."""
+        return slot[..., None] == torch.arange(MAX_OBJECTS, device=self.device)
 
     def _draft(
         self,
@@ -185,7 +188,7 @@ class QuestionDrawer:
         anchor, side = index // 4, index % 4
         found = self._of_row(clear, anchor, side)  # [R, K, O]
         answer = PAIR_0 + self._of_row(pair, found.int().argmax(-1))
-        about = found | torch.nn.functional.one_hot(anchor, MAX_OBJECTS).bool()
+        about = found | self._only(anchor)
         fill = side * NUM_PAIRS + self._of_row(pair, anchor)
         return self._draft(fill, answer, ok, members=about[:, :, None])
 
@@ -225,7 +228,7 @@ class QuestionDrawer:
         color = COLOR_0 + self._of_row(self.scenes.color[:, 0], found)
         shape = SHAPE_0 + self._of_row(self.scenes.shape[:, 0], found)
         fill = (which * 2 + word) * 2 + attribute
-        about = torch.nn.functional.one_hot(found, MAX_OBJECTS).bool()[:, :, None]
+        about = self._only(found)[:, :, None]
         return self._draft(fill, torch.where(attribute == 0, color, shape), ok, members=about)
 
     # -- several images ---------------------------------------------------------------------
@@ -309,19 +312,14 @@ def draw_questions(
     num_slots: int,
     *,
     generator: torch.Generator,
-    weights: Mapping[str, float] | None = None,
 ) -> Questions:
     """`num_slots` questions a row, types drawn by weight among the valid ones."""
     kinds = [kind for kind in (SINGLE if num_images == 1 else MULTI) if kind.name != "caption"]
     drawer = QuestionDrawer(scenes, num_images, num_slots, generator)
     drafts = [draw_type(drawer, kind.name) for kind in kinds]
-    weight = torch.tensor(
-        [kind.weight if weights is None else weights.get(kind.name, 0.0) for kind in kinds],
-        device=drawer.device,
-    )
+    weight = constant(tuple(kind.weight for kind in kinds), drawer.device)
     valid = torch.stack([draft.valid for draft in drafts], -1)
-    picked = torch.multinomial((valid * weight + 1e-12).flatten(0, 1), 1, generator=generator)
-    picked = picked.view(drawer.num_rows, num_slots)
+    picked = choose(valid * weight, generator)
     row = torch.arange(drawer.num_rows, device=drawer.device)[:, None]
     slot = torch.arange(num_slots, device=drawer.device)
     return Questions(

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from epd.demo.scenes import SceneBatch, uniform
+from epd.demo.scenes import SceneBatch, constant, uniform
 from epd.demo.world import (
     COLOR_RGB,
     GLYPH_HEIGHT,
@@ -68,18 +68,10 @@ def _background(batch: int, generator: torch.Generator) -> Tensor:
 def _clutter(picture: Tensor, generator: torch.Generator) -> Tensor:
     """Things that mean nothing: thin lines, dull squares of eight pixels, coloured specks."""
     batch = picture.shape[0]
-    ticks = (torch.arange(SIDE, device=picture.device) + 0.5) / SIDE
-    x, y = ticks[None, None, None, :], ticks[None, None, :, None]
-    drawn = uniform(generator, batch, 1, 1, 1) * NUM_LINES
+    cover = _line_cover(batch, generator)
+    tone = uniform(generator, batch, NUM_LINES, 3, 1, 1)
     for number in range(NUM_LINES):
-        ends = uniform(generator, batch, 4, 1, 1) * 1.2 - 0.1
-        dx, dy = ends[:, 2:3] - ends[:, :1], ends[:, 3:] - ends[:, 1:2]
-        length2 = (dx * dx + dy * dy).clamp(min=1e-4)
-        ux, uy = x - ends[:, :1], y - ends[:, 1:2]
-        at = ((ux * dx + uy * dy) / length2).clamp(0, 1)
-        distance = ((ux - at * dx).square() + (uy - at * dy).square()).sqrt() * SIDE
-        cover = (1.2 - distance).clamp(0, 1) * 0.6 * (number < drawn)
-        picture = torch.lerp(picture, uniform(generator, batch, 3, 1, 1), cover)
+        picture = torch.lerp(picture, tone[:, number], cover[:, number, None])
     squares = (uniform(generator, batch, 1, SIDE // 8, SIDE // 8) < 0.03).float() * 0.3
     squares = F.interpolate(squares, size=(SIDE, SIDE))
     picture = torch.lerp(picture, uniform(generator, batch, 3, 1, 1), squares)
@@ -89,38 +81,50 @@ def _clutter(picture: Tensor, generator: torch.Generator) -> Tensor:
     return torch.lerp(picture, uniform(generator, batch, 3, 1, 1), specks).contiguous()
 
 
+def _line_cover(batch: int, generator: torch.Generator) -> Tensor:
+    """How much of each pixel each line covers, `[B, NUM_LINES, 224, 224]`: distance to a segment."""
+    ticks = (torch.arange(SIDE, device=generator.device) + 0.5) / SIDE
+    ends = uniform(generator, batch, NUM_LINES, 4, 1, 1) * 1.2 - 0.1
+    x0, y0, x1, y1 = ends.unbind(2)
+    dx, dy = x1 - x0, y1 - y0
+    ux, uy = ticks[None, None, None, :] - x0, ticks[None, None, :, None] - y0
+    at = ((ux * dx + uy * dy) / (dx * dx + dy * dy).clamp(min=1e-4)).clamp(0, 1)
+    distance = torch.hypot(ux - at * dx, uy - at * dy) * SIDE
+    number = torch.arange(NUM_LINES, device=generator.device)
+    drawn = number < NUM_LINES * uniform(generator, batch, 1)
+    return (1.2 - distance).clamp(0, 1) * (0.6 * drawn)[..., None, None]
+
+
 def _paint_objects(picture: Tensor, scenes: SceneBatch, generator: torch.Generator) -> None:
     """Draws every object in place, each inside a window of its own."""
     batch = picture.shape[0]
     flat = picture.view(batch, 3, SIDE * SIDE)
-    rotation = (uniform(generator, batch, MAX_OBJECTS) - 0.5) * 0.4
+    rotation = (uniform(generator, batch, MAX_OBJECTS, 1, 1) - 0.5) * 0.4
     tint = (uniform(generator, batch, MAX_OBJECTS, 3) - 0.5) * 0.10
-    palette = torch.tensor(COLOR_RGB, device=picture.device) / 255
-    paint = (palette[scenes.color] + tint).clamp(0, 1)
+    paint = (constant(COLOR_RGB, picture.device)[scenes.color] / 255 + tint).clamp(0, 1)
     offset = torch.arange(WINDOW, device=picture.device)
+    center = scenes.center[..., None, None] * SIDE  # [B, O, 2, 1, 1]
+    corner = (center - WINDOW / 2).round().long().clamp(0, SIDE - WINDOW)
+    x, y = corner[:, :, 0] + offset[None, :], corner[:, :, 1] + offset[:, None]
+    radius = scenes.radius[..., None, None] * SIDE
+    u = (x + 0.5 - center[:, :, 0]) / radius
+    v = (y + 0.5 - center[:, :, 1]) / radius
+    cos, sin = rotation.cos(), rotation.sin()
+    distance = shape_distance(u * cos + v * sin, v * cos - u * sin, scenes.shape)
+    cover = (0.5 - distance * radius).clamp(0, 1) * scenes.present[..., None, None]
+    shade = (1 - 0.06 * v.clamp(-1, 1)).expand_as(cover)
+    index = (y * SIDE + x).flatten(2)[:, :, None].expand(-1, -1, 3, -1)
+    color = (paint[..., None] * shade.flatten(2)[:, :, None]).clamp(0, 1)
+    cover = cover.flatten(2)[:, :, None]
     for slot in range(MAX_OBJECTS):
-        center = scenes.center[:, slot] * SIDE
-        corner = (center - WINDOW / 2).round().long().clamp(0, SIDE - WINDOW)
-        x = (corner[:, 0, None] + offset)[:, None, :].expand(batch, WINDOW, WINDOW)
-        y = (corner[:, 1, None] + offset)[:, :, None].expand(batch, WINDOW, WINDOW)
-        radius = (scenes.radius[:, slot] * SIDE)[:, None, None]
-        u = (x + 0.5 - center[:, 0, None, None]) / radius
-        v = (y + 0.5 - center[:, 1, None, None]) / radius
-        cos = rotation[:, slot].cos()[:, None, None]
-        sin = rotation[:, slot].sin()[:, None, None]
-        distance = shape_distance(u * cos + v * sin, v * cos - u * sin, scenes.shape[:, slot])
-        cover = (0.5 - distance * radius).clamp(0, 1) * scenes.present[:, slot, None, None]
-        shade = 1 - 0.06 * v.clamp(-1, 1)
-        color = (paint[:, slot, :, None] * shade.reshape(batch, 1, -1)).clamp(0, 1)
-        index = (y * SIDE + x).reshape(batch, 1, -1).expand(batch, 3, -1)
-        under = flat.gather(2, index)
-        flat.scatter_(2, index, torch.lerp(under, color, cover.reshape(batch, 1, -1)))
+        under = flat.gather(2, index[:, slot])
+        flat.scatter_(2, index[:, slot], torch.lerp(under, color[:, slot], cover[:, slot]))
 
 
 def shape_distance(x: Tensor, y: Tensor, shape: Tensor) -> Tensor:
-    """Signed distance to the unit outline of each sample's shape (negative inside).
+    """Signed distance to the unit outline of each object's shape (negative inside).
 
-    `x`, `y` are `[B, H, W]` in units of the radius, `shape` is `[B]`. Exact for circle and ring,
+    `x`, `y` are `[..., H, W]` in units of the radius, `shape` is `[...]`. Exact for circle and ring,
     a lower bound near the corners of the others, which only softens their anti-aliasing.
     """
     outlines: tuple[Callable[[Tensor, Tensor], Tensor], ...] = (
@@ -131,7 +135,7 @@ def shape_distance(x: Tensor, y: Tensor, shape: Tensor) -> Tensor:
         lambda a, b: (torch.hypot(a, b) - 0.72).abs() - 0.21,
         _cross,
     )
-    kind = shape[:, None, None]
+    kind = shape[..., None, None]
     distance = outlines[0](x, y)
     for number, outline in enumerate(outlines[1:], start=1):
         distance = torch.where(kind == number, outline(x, y), distance)

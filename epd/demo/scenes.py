@@ -6,6 +6,7 @@ Shapes: `B` scenes, `O` = MAX_OBJECTS object slots, of which `present` says whic
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -97,6 +98,21 @@ def integers(generator: torch.Generator, high: int, *shape: int) -> Tensor:
     return torch.randint(0, high, shape, generator=generator, device=generator.device)
 
 
+@cache
+def constant(values: tuple[float, ...] | tuple[tuple[float, ...], ...], device: torch.device) -> Tensor:
+    """The values as a tensor that stays on the device: copying them each time would stall a GPU."""
+    return torch.tensor(values, device=device)
+
+
+def choose(weights: Tensor, generator: torch.Generator) -> Tensor:
+    """An index into the last dimension, drawn by weight; 0 where nothing has weight.
+
+    The largest of weight / Exp(1) is drawn with probability proportional to its weight, and unlike
+    `torch.multinomial` this never waits for a GPU.
+    """
+    return (weights / torch.empty_like(weights).exponential_(generator=generator)).argmax(-1)
+
+
 def draw_scenes(batch: int, generator: torch.Generator, *, num_fonts: int = 12) -> SceneBatch:
     """`batch` scenes of 1 to 10 objects that do not touch, 60 % of them with a printed word."""
     wanted = 1 + integers(generator, MAX_OBJECTS, batch)
@@ -104,8 +120,7 @@ def draw_scenes(batch: int, generator: torch.Generator, *, num_fonts: int = 12) 
     size = integers(generator, len(RADII), batch, MAX_OBJECTS)
     # crowded scenes use the two smaller sizes, or the objects would not fit
     size = torch.where((wanted > CROWDED)[:, None] & (size == 2), 0, size)
-    radii = torch.tensor(RADII, device=generator.device)
-    radius = radii[size] * (0.93 + 0.14 * uniform(generator, batch, MAX_OBJECTS))
+    radius = constant(RADII, generator.device)[size] * (0.93 + 0.14 * uniform(generator, batch, MAX_OBJECTS))
     length = MIN_CHARS + integers(generator, MAX_CHARS - MIN_CHARS + 1, batch)
     length = length * (uniform(generator, batch) < WORD_SHARE)
     half = torch.stack([length * CHAR_WIDTH / 2, torch.full_like(radius[:, 0], CHAR_HEIGHT / 2)], 1)
@@ -149,16 +164,18 @@ def _place(
     rows = torch.arange(batch, device=radius.device)
     center = torch.full((batch, MAX_OBJECTS, 2), -9.0, device=radius.device)
     present = torch.zeros(batch, MAX_OBJECTS, dtype=torch.bool, device=radius.device)
+    margin = radius[..., None, None] + EDGE
+    spread = uniform(generator, batch, MAX_OBJECTS, CANDIDATES, 2)
+    candidates = margin + spread * (1 - 2 * margin)
+    outside = (candidates - word_center[:, None, None]).abs() - word_half[:, None, None]
+    beside_word = outside.clamp(min=0).norm(dim=-1) > radius[..., None] + WORD_GAP
+    beside_word |= ~has_word[:, None, None]
     for slot in range(MAX_OBJECTS):
-        own = radius[:, slot, None]
-        spread = uniform(generator, batch, CANDIDATES, 2)
-        candidate = own[..., None] + EDGE + spread * (1 - 2 * EDGE - 2 * own[..., None])
-        outside = ((candidate - word_center[:, None]).abs() - word_half[:, None]).clamp(min=0)
-        free = (outside.norm(dim=-1) > own + WORD_GAP) | ~has_word[:, None]
+        candidate, free = candidates[:, slot], beside_word[:, slot]
         if slot:
             distance = (candidate[:, :, None] - center[:, None, :slot]).norm(dim=-1)
-            reach = own[..., None] + radius[:, None, :slot] + OBJECT_GAP
-            free &= ((distance > reach) | ~present[:, None, :slot]).all(-1)
+            reach = radius[:, slot, None, None] + radius[:, None, :slot] + OBJECT_GAP
+            free = free & ((distance > reach) | ~present[:, None, :slot]).all(-1)
         chosen = candidate[rows, free.float().argmax(1)]
         present[:, slot] = free.any(1) & (slot < wanted)
         center[:, slot] = torch.where(present[:, slot, None], chosen, center[:, slot])
