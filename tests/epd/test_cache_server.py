@@ -317,7 +317,7 @@ def test_a_binary_that_fails_says_why_and_leaves_nothing(tmp_path: Path) -> None
 def test_a_binary_that_never_answers_is_given_up(tmp_path: Path) -> None:
     binary, parent = tmp_path / "hangs", tmp_path / "run"
     parent.mkdir()
-    binary.write_text("#!/bin/sh\nexec sleep 60\n")
+    binary.write_text("#!/bin/sh\nexec /bin/sleep 60\n")
     binary.chmod(0o700)
     started = time.monotonic()
     with pytest.raises(ConfigError, match="in time"):
