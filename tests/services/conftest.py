@@ -5,17 +5,19 @@ from __future__ import annotations
 import asyncio
 import base64
 import io
+import json
 import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import httpx
 import openai
 import pytest
+import structlog
 import uvicorn
 from PIL import Image
 
@@ -40,7 +42,7 @@ class Gateway:
     server: uvicorn.Server
     thread: threading.Thread
     settings: GatewaySettings
-    headers: dict[str, str] = field(default_factory=dict)
+    http: httpx.Client
 
     @property
     def port(self) -> int:
@@ -61,13 +63,17 @@ class Gateway:
             kwargs.update(content=body, headers=headers)
         else:
             kwargs.update(json=body)
-        return httpx.post(f"{self.url}/v1/chat/completions", trust_env=False, **kwargs)
+        return self.http.post("/v1/chat/completions", **kwargs)
+
+    def get(self, path: str) -> httpx.Response:
+        return self.http.get(path)
 
     def ask(self, content: Any = "hi", **fields: Any) -> httpx.Response:
         body = {"model": MODEL, "messages": [{"role": "user", "content": content}], **fields}
         return self.post(body)
 
     def stop(self) -> None:
+        self.http.close()
         self.server.should_exit = True
         self.thread.join(20)
 
@@ -86,7 +92,30 @@ def _start(settings: GatewaySettings, dispatcher: FakeDispatcher, formatter: Cha
         assert thread.is_alive() and time.monotonic() < until, "the gateway did not start"
         time.sleep(0.01)
     url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-    return Gateway(url, dispatcher, formatter, server, thread, settings)
+    client = httpx.Client(base_url=url, trust_env=False, verify=False, timeout=20)
+    return Gateway(url, dispatcher, formatter, server, thread, settings, client)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def log_lines() -> Iterator[list[str]]:
+    """Every structured log line of the session, as JSON."""
+    lines: list[str] = []
+
+    def keep(_: Any, __: str, event: Any) -> Any:
+        lines.append(json.dumps(event, default=str))
+        raise structlog.DropEvent
+
+    structlog.configure(
+        processors=[
+            structlog.contextvars.merge_contextvars,
+            structlog.processors.add_log_level,
+            structlog.processors.format_exc_info,
+            keep,
+        ],
+        cache_logger_on_first_use=False,
+    )
+    yield lines
+    structlog.reset_defaults()
 
 
 @pytest.fixture(scope="session")

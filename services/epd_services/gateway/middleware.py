@@ -52,7 +52,8 @@ class ExchangeMiddleware:
             self._check_headers(Headers(scope=scope), sent)
             await self._app(scope, receive, sent)
         except (ClientGoneError, SlowConsumerError):
-            sent.status = _GONE
+            # once the answer is out, a closed connection is the usual end
+            sent.status = sent.status if sent.complete else _GONE
         except Exception as error:
             if not isinstance(error, EPDError):
                 _log.exception("request_failed")
@@ -81,7 +82,7 @@ class _Sent:
         self._scope = scope
         self._send = send
         self.status = _GONE
-        self.started = False
+        self.started = self.complete = False
         self.request_id = uuid.uuid4().hex
 
     @property
@@ -101,3 +102,5 @@ class _Sent:
             headers["X-Request-Id"] = self.request_id
             headers["X-Content-Type-Options"] = "nosniff"
         await self._send(message)
+        if message["type"] == "http.response.body" and not message.get("more_body", False):
+            self.complete = True

@@ -141,6 +141,8 @@ class Reply:
             role = {}
             if delta.finish_reason is None:
                 buffer.put(self._chunk(choice | {"finish_reason": None}))
+                # events that are already there must not starve the sender
+                await asyncio.sleep(0)
             else:
                 self._close(buffer, choice, delta.finish_reason)
 
