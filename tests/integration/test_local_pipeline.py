@@ -176,7 +176,7 @@ def test_losing_a_worker_with_a_peer_alive_changes_no_token(
             seen = 0
             while seen < after and not running.done():
                 await asyncio.sleep(0.002)
-                seen = max((len(r.outputs) for r in pipeline.dispatcher._records.values()),
+                seen = max((len(r.outputs) for r in pipeline.dispatcher._attempts.records.values()),
                            default=after)  # fmt: skip
             await pipeline.kill(victim)
             assert await running == expected
