@@ -102,10 +102,10 @@ class _Budget:
         return value
 
     def product(self, *values: Any) -> None:
-        """Refuse operands whose sizes multiply beyond the bound."""
+        """Refuse operands that are too long, or whose sizes multiply beyond the bound."""
         total = 1
         for value in values:
-            size = abs(value) if isinstance(value, int) else self._size(value, 0)
+            size = abs(value) if isinstance(value, int) else self._size(self.measured(value), 0)
             total *= max(size, 1)
             if total > 64 * self.max_chars:
                 raise TemplateLimitError("the template multiplies values that are too long")
@@ -168,6 +168,8 @@ class _Environment(ImmutableSandboxedEnvironment):
         @wraps(function)
         def run(*args: Any, **kwargs: Any) -> Any:
             self.budget.step()
+            # a lazy sequence has no size yet
+            args = tuple(list(self.budget.items(a)) if isinstance(a, Iterator) else a for a in args)
             self.budget.product(*args, *kwargs.values())
             return self.budget.measured(function(*args, **kwargs))
 
