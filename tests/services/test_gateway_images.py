@@ -14,10 +14,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from epd_services.gateway.images import DecodeLimits, ImageDecoder
 from PIL import Image
 
 from epd.errors import CapacityError, EPDError, MediaError
-from epd_services.gateway.images import DecodeLimits, ImageDecoder
 
 RNG = np.random.default_rng(7)
 SCENE = np.repeat(np.repeat(RNG.integers(0, 256, (8, 12, 3), dtype=np.uint8), 4, 0), 4, 1)
@@ -359,7 +359,7 @@ def blank_png(width, height, colour, row_bytes, depth=8):
 
 def children_of(parent):
     pids = [int(p.name) for p in Path("/proc").iterdir() if p.name.isdigit()]
-    return [p for p in pids if f"image_child\0" in read(p, "cmdline") and parent_of(p) == parent]
+    return [p for p in pids if "image_child\0" in read(p, "cmdline") and parent_of(p) == parent]
 
 
 def read(pid, name):

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import time
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 from epd.errors import EPDError, UnavailableError
 from epd.request import FinishReason, TokenOutput, Usage
-
-if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
-
-    from epd_services.gateway.dispatch_api import Generation, TokensEvent
-    from epd_services.gateway.metrics import Exchange
+from epd_services.gateway.dispatch_api import Generation, TokensEvent
+from epd_services.gateway.metrics import Exchange
 
 __all__ = [
     "Answer",

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import structlog
 from fastapi import FastAPI
@@ -12,10 +13,12 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
+from starlette.types import Receive, Scope, Send
 
 from epd.errors import EPDError, InvalidRequestError, UnavailableError
 from epd_services.gateway.auth import ApiKeys
 from epd_services.gateway.chat import Call, ChatService, Formatter
+from epd_services.gateway.dispatch_api import Dispatcher
 from epd_services.gateway.errors import NotFoundError, error_response, http_status_response
 from epd_services.gateway.fetch import FetchLimits, ImageFetcher
 from epd_services.gateway.images import DecodeLimits, ImageDecoder
@@ -24,15 +27,8 @@ from epd_services.gateway.metrics import GatewayMetrics
 from epd_services.gateway.middleware import ExchangeMiddleware
 from epd_services.gateway.page import page_response
 from epd_services.gateway.schemas import ChatRequest
+from epd_services.gateway.settings import GatewaySettings
 from epd_services.gateway.stream import ClientGoneError, unless_disconnected
-
-if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable
-
-    from starlette.types import Receive, Scope, Send
-
-    from epd_services.gateway.dispatch_api import Dispatcher
-    from epd_services.gateway.settings import GatewaySettings
 
 __all__ = ["create_app"]
 

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-from typing import TYPE_CHECKING
+from pathlib import Path
+
+from starlette.datastructures import Headers
 
 from epd.errors import ConfigError
 from epd_services.gateway.errors import UnauthorizedError
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    from starlette.datastructures import Headers
 
 __all__ = ["ApiKeys", "combine_salts"]
 

@@ -5,34 +5,28 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from starlette.types import Send
+from tokenizers import Tokenizer
 
 from epd.detokenize import Detokenizer
 from epd.errors import CapacityError, DeadlineError, InvalidRequestError
+from epd.models.card import ModelCard
 from epd_services.gateway.answer import Answer
 from epd_services.gateway.auth import combine_salts
-from epd_services.gateway.dispatch_api import ImagePixels, Submission
+from epd_services.gateway.dispatch_api import Dispatcher, ImagePixels, Submission
 from epd_services.gateway.errors import NotFoundError
+from epd_services.gateway.fetch import ImageFetcher
+from epd_services.gateway.images import ImageDecoder
 from epd_services.gateway.intake import Lease
 from epd_services.gateway.media import image_bytes
-from epd_services.gateway.metrics import Exchange
+from epd_services.gateway.metrics import Exchange, GatewayMetrics
 from epd_services.gateway.reply import Reply
 from epd_services.gateway.schemas import ChatRequest, ImagePart, Message, parse_chat_request
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from tokenizers import Tokenizer
-
-    from epd.models.card import ModelCard
-    from epd_services.gateway.dispatch_api import Dispatcher
-    from epd_services.gateway.fetch import ImageFetcher
-    from epd_services.gateway.images import ImageDecoder
-    from epd_services.gateway.metrics import GatewayMetrics
-    from epd_services.gateway.settings import GatewaySettings
+from epd_services.gateway.settings import GatewaySettings
 
 __all__ = ["Call", "ChatService", "Formatter"]
 

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 from epd.request import FinishReason, SamplingParams, TokenOutput, Usage
-
-if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
 
 __all__ = ["Dispatcher", "Generation", "ImagePixels", "Submission", "TokensEvent"]
 

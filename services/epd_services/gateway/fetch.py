@@ -42,10 +42,8 @@ _TYPES = frozenset(
     {"image/png", "image/jpeg", "image/webp", "image/gif", "application/octet-stream"}
 )
 # these carry another address inside; the packet may end up there
-_TRANSLATED = tuple(
-    ipaddress.IPv6Network(text)
-    for text in ("64:ff9b::/96", "64:ff9b:1::/48", "2002::/16", "2001::/32", "::/96")
-)
+_TRANSLATED = tuple(ipaddress.IPv6Network(text) for text in ("2002::/16", "2001::/32"))
+_GLOBAL_UNICAST = ipaddress.IPv6Network("2000::/3")
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +107,7 @@ def _is_host(host: str) -> bool:
 def is_public(address: Address) -> bool:
     """Whether `address` is global unicast and carries no other address inside."""
     if isinstance(address, ipaddress.IPv6Address) and (
-        address.ipv4_mapped is not None or any(address in net for net in _TRANSLATED)
+        address not in _GLOBAL_UNICAST or any(address in net for net in _TRANSLATED)
     ):
         return False
     return address.is_global and not (

@@ -6,17 +6,14 @@ import asyncio
 import contextlib
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import structlog
 
 from epd.errors import CapacityError, EPDError, MediaError, UnavailableError
 from epd_services.gateway.dispatch_api import ImagePixels
 from epd_services.gateway.image_child import REPLY, REQUEST, Status
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 __all__ = ["DecodeLimits", "ImageDecoder"]
 

@@ -5,17 +5,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import re
-from typing import TYPE_CHECKING
+
+from starlette.datastructures import Headers
+from starlette.requests import Request
+from starlette.types import Receive
 
 from epd.errors import CapacityError, DeadlineError, InvalidRequestError
 from epd_services.gateway.errors import BodyTooLargeError, MediaTypeError
-
-if TYPE_CHECKING:
-    from starlette.datastructures import Headers
-    from starlette.requests import Request
-    from starlette.types import Receive
-
-    from epd_services.gateway.settings import GatewaySettings
+from epd_services.gateway.settings import GatewaySettings
 
 __all__ = ["ByteBudget", "Lease", "deadline_header", "read_json_body", "valid_request_id"]
 

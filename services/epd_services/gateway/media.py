@@ -5,12 +5,9 @@ from __future__ import annotations
 import base64
 import binascii
 import re
-from typing import TYPE_CHECKING
 
 from epd.errors import MediaError
-
-if TYPE_CHECKING:
-    from epd_services.gateway.fetch import ImageFetcher
+from epd_services.gateway.fetch import ImageFetcher
 
 __all__ = ["image_bytes", "parse_data_url"]
 

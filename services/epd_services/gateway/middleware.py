@@ -4,21 +4,17 @@ from __future__ import annotations
 
 import time
 import uuid
-from typing import TYPE_CHECKING
 
 import structlog
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from epd.errors import EPDError, InvalidRequestError
 from epd_services.gateway.errors import error_response
 from epd_services.gateway.intake import valid_request_id
+from epd_services.gateway.metrics import GatewayMetrics
+from epd_services.gateway.settings import GatewaySettings
 from epd_services.gateway.stream import ClientGoneError, SlowConsumerError
-
-if TYPE_CHECKING:
-    from starlette.types import ASGIApp, Message, Receive, Scope, Send
-
-    from epd_services.gateway.metrics import GatewayMetrics
-    from epd_services.gateway.settings import GatewaySettings
 
 __all__ = ["ExchangeMiddleware"]
 

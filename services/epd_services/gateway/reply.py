@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import msgspec
 import structlog
+from starlette.types import Send
 
 from epd.errors import DeadlineError, EPDError
-from epd_services.gateway.answer import completion_head, logprobs_json, usage_json
+from epd.request import TokenOutput
+from epd_services.gateway.answer import (
+    Answer,
+    Tokenizing,
+    completion_head,
+    logprobs_json,
+    usage_json,
+)
 from epd_services.gateway.errors import envelope
-from epd_services.gateway.stream import SlowConsumerError, send_event_stream
-
-if TYPE_CHECKING:
-    from starlette.types import Send
-
-    from epd.request import TokenOutput
-    from epd_services.gateway.answer import Answer, Tokenizing
-    from epd_services.gateway.metrics import GatewayMetrics
-    from epd_services.gateway.schemas import ChatRequest
-    from epd_services.gateway.settings import GatewaySettings
-    from epd_services.gateway.stream import EventBuffer
+from epd_services.gateway.metrics import GatewayMetrics
+from epd_services.gateway.schemas import ChatRequest
+from epd_services.gateway.settings import GatewaySettings
+from epd_services.gateway.stream import EventBuffer, SlowConsumerError, send_event_stream
 
 __all__ = ["Reply"]
 
