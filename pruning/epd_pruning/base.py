@@ -171,12 +171,13 @@ class TokenPruner(ABC):
         for need in sorted(self.image_needs | self.query_needs):
             inputs.require(need)
         count = self.pool_size(size, num_kept)
-        order = self.rank_image(inputs.only(self.image_needs), count)[:count]
+        image = inputs.only(self.image_needs)
+        order = self.rank_image(image, count)[:count]
         assert order.shape == (count,) and order.dtype == torch.int64, f"{self.name}: bad order"
         indices, rank = order.sort()
         pooled = inputs.only(self.query_needs)
         if count < size:
-            pooled = self.merge(inputs, order, pooled.take(indices))
+            pooled = self.merge(image, order, pooled.take(indices))
         return Pool(pooled, indices, rank, size)
 
     def select(self, pool: Pool, num_kept: int, *, query: Tensor | None = None) -> Tensor:

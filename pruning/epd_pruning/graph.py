@@ -5,13 +5,12 @@ from __future__ import annotations
 import math
 from typing import Literal
 
-import torch
+from epd_kernels import graph_score as kernel
 from torch import Tensor
 
 from epd_pruning.errors import PruningError
-from epd_pruning.selection import unit_rows
 
-__all__ = ["GraphMode", "graph_score", "parse_tau", "redundancy"]
+__all__ = ["GraphMode", "graph_score", "parse_tau"]
 
 GraphMode = Literal["dense", "bipartite"]
 
@@ -32,20 +31,6 @@ def parse_tau(tau: float | str) -> tuple[float | None, float]:
     return quantile, 0.0
 
 
-def redundancy(similarity: Tensor, tau: Tensor | float, min_degree: int, gamma: float) -> Tensor:
-    """Redundancy [A] of the rows of `similarity` [A, B] in the graph of its edges ≥ τ.
-
-    R = d·exp(γ(μ − τ)) with degree d and mean edge weight μ; below `min_degree` edges the mean of
-    R and the row's background similarity.
-    """
-    edges = similarity >= tau
-    degree = edges.sum(1)
-    mean_edge = (similarity * edges).sum(1) / degree.clamp_min(1)
-    score = degree * torch.exp(gamma * (mean_edge - tau))
-    background = similarity.sum(1) / max(similarity.shape[1], 1)
-    return torch.where(degree >= min_degree, score, 0.5 * score + 0.5 * background)
-
-
 def graph_score(
     embeddings: Tensor,
     *,
@@ -54,28 +39,19 @@ def graph_score(
     min_degree: int = 4,
     gamma: float = 1.0,
 ) -> Tensor:
-    """Redundancy [N] of `embeddings` [N, D] by cosine similarity, in fp32.
+    """Redundancy [N] of `embeddings` [N, D], fp32: d·exp(γ(μ − τ)) in the graph of cosines ≥ τ.
 
-    `dense` compares all pairs, self included. `bipartite` compares the even with the odd tokens
-    only, a quarter of the work: even ones are scored by the rows of the block, odd ones by its
-    columns; the last of an odd number is even. A quantile τ is taken over the compared pairs.
+    d is a token's degree, μ its mean edge weight; below `min_degree` edges the score is averaged
+    with the mean cosine to all compared tokens. `dense` compares all pairs, self included;
+    `bipartite` the even with the odd tokens only, a quarter of the work. A quantile τ is that of
+    the compared pairs, rounded down by less than 0.001.
     """
-    rows = unit_rows(embeddings)
-    left, right = (rows, rows) if mode == "dense" else (rows[0::2], rows[1::2])
-    similarity = left @ right.mT
-    threshold = _threshold(similarity, tau)
-    score = redundancy(similarity, threshold, min_degree, gamma)
-    if mode == "dense":
-        return score
-    joined = score.new_empty(rows.shape[0])
-    joined[0::2] = score
-    joined[1::2] = redundancy(similarity.mT, threshold, min_degree, gamma)
-    return joined
-
-
-def _threshold(similarity: Tensor, tau: float | str) -> Tensor | float:
     quantile, constant = parse_tau(tau)
-    if quantile is None or similarity.numel() == 0:
-        return constant
-    place = max(1, math.ceil(quantile * similarity.numel()))
-    return similarity.flatten().kthvalue(place).values
+    return kernel.graph_score(
+        embeddings[None],
+        bipartite=mode == "bipartite",
+        tau=constant,
+        quantile=quantile,
+        min_degree=min_degree,
+        gamma=gamma,
+    )[0]
