@@ -2,8 +2,20 @@
 
 from __future__ import annotations
 
-from .activations import group_sums, quantize_fp8, quantize_int8
+from .activations import (
+    group_sums,
+    quantize_fp8,
+    quantize_fp8_ref,
+    quantize_int8,
+    quantize_int8_ref,
+)
 from .errors import FormatError
+from .fused_quant import (
+    add_rms_norm_quant,
+    add_rms_norm_quant_ref,
+    silu_mul_quant,
+    silu_mul_quant_ref,
+)
 from .kv_int4 import QuantKV, dequantize_kv, quantize_kv
 from .kv_store import store_kv, store_kv_ref
 from .linear import QuantLinear, Scheme
@@ -23,6 +35,8 @@ __all__ = [
     "QuantWeight",
     "Scheme",
     "add_rms_norm",
+    "add_rms_norm_quant",
+    "add_rms_norm_quant_ref",
     "add_rms_norm_ref",
     "apply_rope",
     "apply_rope_ref",
@@ -32,12 +46,16 @@ __all__ = [
     "paged_attention",
     "paged_attention_ref",
     "quantize_fp8",
+    "quantize_fp8_ref",
     "quantize_int8",
+    "quantize_int8_ref",
     "quantize_kv",
     "quantize_weight",
     "rms_norm",
     "rms_norm_ref",
     "silu_mul",
+    "silu_mul_quant",
+    "silu_mul_quant_ref",
     "silu_mul_ref",
     "store_kv",
     "store_kv_ref",

@@ -27,6 +27,7 @@ class Scheme(Enum):
     W4A8_INT8 = "w4a8-int8"
 
 
+_EIGHT_BIT = {Scheme.W4A8_FP8: torch.float8_e4m3fn, Scheme.W4A8_INT8: torch.int8}
 _QUANTIZE = {Scheme.W4A8_FP8: quantize_fp8, Scheme.W4A8_INT8: quantize_int8}
 
 
@@ -62,27 +63,36 @@ class QuantLinear(nn.Module):
         self.register_buffer("bias", bias, persistent=False)
         self._dense: dict[torch.dtype, torch.Tensor] = {}
 
+    @property
+    def activation_dtype(self) -> torch.dtype | None:
+        """The eight-bit dtype `multiply` takes, None where activations keep their own."""
+        return _EIGHT_BIT.get(self.scheme)
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`[..., out_features]` in the dtype of `x [..., in_features]`."""
-        rows = x.reshape(-1, self.in_features)
-        out = self._packed(rows) if x.is_cuda else self._unpacked(rows)
-        return out.view(*x.shape[:-1], self.out_features)
+        rows, scales = x.reshape(-1, self.in_features), None
+        if quantize := _QUANTIZE.get(self.scheme):
+            rows, scales = quantize(rows)
+        return self.multiply(rows, scales, dtype=x.dtype).view(*x.shape[:-1], self.out_features)
 
-    def _packed(self, x: torch.Tensor) -> torch.Tensor:
-        quantize = _QUANTIZE.get(self.scheme)
-        codes, scales = quantize(x) if quantize else (x, None)
-        return w4_gemm(codes, self.weight, out_dtype=x.dtype, x_scales=scales, bias=self.bias)
+    def multiply(
+        self, codes: torch.Tensor, scales: torch.Tensor | None, *, dtype: torch.dtype
+    ) -> torch.Tensor:
+        """`[T, out_features]` in `dtype` of activations that are quantised already.
 
-    def _unpacked(self, x: torch.Tensor) -> torch.Tensor:
-        if self.scheme is Scheme.W4A16:
-            return functional.linear(x, self._kept(x.dtype), self.bias)
-        codes, scales = _QUANTIZE[self.scheme](x)
-        if self.scheme is Scheme.W4A8_INT8 and self.weight.group_size == self.in_features:
+        `codes [T, in_features]` are of `activation_dtype` with `scales [T]`, as `add_rms_norm_quant`
+        and `silu_mul_quant` leave them, or floats without scales.
+        """
+        if codes.is_cuda:
+            return w4_gemm(codes, self.weight, out_dtype=dtype, x_scales=scales, bias=self.bias)
+        if scales is None:
+            return functional.linear(codes, self._kept(codes.dtype), self.bias).to(dtype)
+        if codes.dtype == torch.int8 and self.weight.group_size == self.in_features:
             out = torch._int_mm(codes, self._kept(torch.int8).t()) * self.weight.scales
         else:
             out = codes.float() @ self._kept(torch.float32).t()
         out = out * scales[:, None]
-        return (out if self.bias is None else out + self.bias.float()).to(x.dtype)
+        return (out if self.bias is None else out + self.bias.float()).to(dtype)
 
     def _kept(self, dtype: torch.dtype) -> torch.Tensor:
         """The unpacked weight: dequantised, or its codes for int8."""

@@ -13,9 +13,12 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-attention, gemm, norm, rope, silu_mul, kv_store, launch = (
-    importlib.import_module(f"epd_kernels.{name}")
-    for name in ("paged_attention", "w4_gemm", "norm", "rope", "silu_mul", "kv_store", "launch")
+MODULES = (
+    "paged_attention", "w4_gemm", "norm", "rope", "silu_mul", "kv_store", "activations",
+    "fused_quant", "launch",
+)  # fmt: skip
+attention, gemm, norm, rope, silu_mul, kv_store, activations, fused, launch = (
+    importlib.import_module(f"epd_kernels.{name}") for name in MODULES
 )
 CPU = torch.device("cpu")
 LENGTHS = {"block_tables": "*i32", "cu_seqlens_q": "*i32", "seq_lens": "*i32", "scale_log2": "fp32"}
@@ -76,7 +79,7 @@ def all_kernels() -> dict[str, dict[str, Any]]:
     combine = {"D": 128, "BLOCK_D": 128, "SPLITS": 4, "BLOCK_S": 4}
     types = {"partial": "*fp32", "stats": "*fp32", "out": "*bf16"}
     found["combine"] = describe(build(attention._combine_kernel, types, combine, 4, 3))
-    found |= elementwise() | gemms()
+    found |= elementwise() | quantisers() | gemms()
     return found
 
 
@@ -98,6 +101,23 @@ def elementwise() -> dict[str, dict[str, Any]]:
         ),
         "store_kv": describe(build(kv_store._store_kv_kernel, caches, store, 2, 3)),
     }
+
+
+def quantisers() -> dict[str, dict[str, Any]]:
+    found = {}
+    for dtype, largest in (("fp8e4nv", 448.0), ("i8", 127.0)):
+        types = {"codes": f"*{dtype}", "scales": "*fp32", "eps": "fp32"}
+        types |= dict.fromkeys(("x", "residual", "weight", "total", "gate_up"), "*bf16")
+        eight = {"K": 4096, "LARGEST": largest, "FLOOR": 1e-12, "BLOCK_K": 4096, "ENCODE": False}
+        for name, kernel, extra in (
+            ("plain", activations._quantize_kernel, {}),
+            ("norm", fused._norm_quant_kernel, {"HAS_RESIDUAL": True}),
+            ("silu", fused._silu_quant_kernel, {}),
+        ):
+            found[f"quantize-{name}-{dtype}"] = describe(
+                build(kernel, types, {**eight, **extra}, 8, 3)
+            )
+    return found
 
 
 def gemms() -> dict[str, dict[str, Any]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from epd_kernels import FormatError, QuantLinear, Scheme
+from epd_kernels import FormatError, QuantLinear, Scheme, add_rms_norm, add_rms_norm_quant
 from epd_kernels.activations import quantize_fp8, quantize_int8
 from epd_kernels.packing import Format, quantize_weight
 from torch.nn import functional
@@ -67,6 +67,16 @@ def test_casting_a_model_keeps_scales(assert_close):
     assert torch.equal(layer.weight.scales, before) and layer.bias.dtype == torch.bfloat16
     x = _weight(3, 256, seed=2).bfloat16()
     assert_close(model(x), _expected(x, weight, Scheme.W4A16, torch.ones(40)))
+
+
+@pytest.mark.parametrize("scheme", [Scheme.W4A8_FP8, Scheme.W4A8_INT8], ids=lambda s: s.value)
+def test_fused_norm_feeds_the_product(scheme):
+    """Activations quantised by the norm give the very result of the unfused layer."""
+    layer = QuantLinear(quantize_weight(_weight(), group_size=128), scheme)
+    x, residual, weight = _weight(17), _weight(17, seed=3), torch.ones(256)
+    normed, _ = add_rms_norm(x, residual, weight, 1e-5)
+    codes, scales, _ = add_rms_norm_quant(x, residual, weight, 1e-5, dtype=layer.activation_dtype)
+    assert torch.equal(layer.multiply(codes, scales, dtype=x.dtype), layer(normed))
 
 
 @pytest.mark.gpu
