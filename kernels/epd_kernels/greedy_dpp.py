@@ -114,9 +114,10 @@ def greedy_dpp_triton(
         return indices, gains
     factors = torch.empty(batch, num_kept, size, dtype=torch.float32, device=device)
     block = next_power_of_2(size)
+    block_t = 4 if INTERPRETED else min(max(1, 16384 // block), 32)
     _greedy_dpp_kernel[(batch,)](
         similarity.contiguous(), relevance.contiguous(), factors, indices, gains,
-        size, num_kept, eps, BLOCK_N=block, BLOCK_T=4 if INTERPRETED else min(max(1, 16384 // block), 32),
+        size, num_kept, eps, BLOCK_N=block, BLOCK_T=block_t,
         num_warps=min(max(block // 128, 4), 16),
     )  # fmt: skip
     return indices, gains
