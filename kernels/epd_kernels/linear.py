@@ -80,8 +80,8 @@ class QuantLinear(nn.Module):
     ) -> torch.Tensor:
         """`[T, out_features]` in `dtype` of activations that are quantised already.
 
-        `codes [T, in_features]` are of `activation_dtype` with `scales [T]`, as `add_rms_norm_quant`
-        and `silu_mul_quant` leave them, or floats without scales.
+        `codes [T, in_features]` are of `activation_dtype` with `scales [T]`, as left by
+        `add_rms_norm_quant` and `silu_mul_quant`, or floats without scales.
         """
         if codes.is_cuda:
             return w4_gemm(codes, self.weight, out_dtype=dtype, x_scales=scales, bias=self.bias)

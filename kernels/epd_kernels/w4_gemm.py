@@ -21,7 +21,7 @@ from torch.nn import functional
 
 from .activations import group_sums
 from .errors import FormatError
-from .launch import GemmConfig, constant, gemm_config, jit, tl
+from .launch import GemmConfig, constant, device_facts, gemm_config, jit, tl
 from .packing import TILE_K, Format, PackedWeight
 
 __all__ = ["w4_gemm", "w4_gemm_ref"]
@@ -72,6 +72,9 @@ def _check(x: torch.Tensor, weight: PackedWeight) -> None:
         raise FormatError(f"{weight.format.name} weights cannot meet {x.dtype} activations")
     if x.shape[1] != weight.in_features:
         raise FormatError(f"x has {x.shape[1]} features, the weight {weight.in_features}")
+    arch = device_facts(x.device).arch
+    if x.is_cuda and arch < (89 if x.dtype == torch.float8_e4m3fn else 80):
+        raise FormatError(f"no {x.dtype} product at compute capability {arch / 10}")
 
 
 def w4_gemm_ref(
