@@ -15,7 +15,15 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from epd_kernels import Format, pack, quantize_fp8, quantize_int8, quantize_weight, w4_gemm
+from epd_kernels import (
+    Format,
+    pack,
+    quantize_fp8,
+    quantize_int8,
+    quantize_weight,
+    w4_gemm,
+    w4a8_fp8_large,
+)
 from timing import Results, copies_beyond_l2, measure_roofs, relative_error
 from torch.nn import functional
 
@@ -55,6 +63,21 @@ def four_bit(name: str, x: torch.Tensor, weight: torch.Tensor, group: int) -> Va
     if error > TOLERANCE:
         raise SystemExit(f"{name} is wrong at {tuple(x.shape)} x {len(weight)}: error {error:.1e}")
     return Variant(calls, read + codes.nbytes + out_bytes(x, weight), kind, error)
+
+
+def widened(x: torch.Tensor, weight: torch.Tensor, group: int) -> Variant:
+    """The four-bit weight turned to FP8 inside the time, then the vendor's product."""
+    codes, scales = quantize_fp8(x)
+    packed = pack(quantize_weight(weight, group_size=group or weight.shape[1]), Format.SM7)
+    run = partial(w4a8_fp8_large, codes, out_dtype=x.dtype, x_scales=scales)
+    read = packed.data.nbytes + packed.scales.nbytes
+    calls = [partial(run, deepcopy(packed)) for _ in range(copies(read, x))]
+    error = relative_error(
+        calls[0](), w4_gemm(codes, packed, out_dtype=torch.float32, x_scales=scales)
+    )
+    # the FP8 weight is written once and read once
+    moved = read + 2 * weight.numel() + codes.nbytes + out_bytes(x, weight)
+    return Variant(calls, moved, "fp8", error)
 
 
 def vendor_bf16(x: torch.Tensor, weight: torch.Tensor) -> Variant:
@@ -98,6 +121,8 @@ def dry_run(group: int) -> None:
         for name in FOUR_BIT:
             error = four_bit(name, x, weight, group).error
             print(f"{name}  M={m} N=64 K=256 g={group or 'K'}  error={error:.1e}  not timed")
+        error = widened(x, weight, group).error
+        print(f"w4a8-fp8-widened  M={m} N=64 K=256  error={error:.1e}  not timed")
 
 
 def measure(results: Results, group: int) -> None:
@@ -108,6 +133,8 @@ def measure(results: Results, group: int) -> None:
             variants = {"bf16": vendor_bf16(x, weight)}
             if torch.cuda.get_device_capability() >= (9, 0):
                 variants["fp8"] = vendor_fp8(x, weight)
+                if m >= 256:
+                    variants["w4a8-fp8-widened"] = widened(x, weight, group)
             variants |= {name: four_bit(name, x, weight, group) for name in FOUR_BIT}
             shape = f"M={m} N={n} K={k} g={group or 'K'}"
             times = {

@@ -24,6 +24,7 @@ from .packing import Format, PackedWeight, QuantWeight, pack, quantize_weight
 from .paged_attention import paged_attention, paged_attention_ref
 from .rope import apply_rope, apply_rope_ref
 from .silu_mul import silu_mul, silu_mul_ref
+from .w4_dequant import dequantize_fp8, dequantize_fp8_ref, w4a8_fp8_large
 from .w4_gemm import w4_gemm, w4_gemm_ref
 
 __all__ = [
@@ -40,6 +41,8 @@ __all__ = [
     "add_rms_norm_ref",
     "apply_rope",
     "apply_rope_ref",
+    "dequantize_fp8",
+    "dequantize_fp8_ref",
     "dequantize_kv",
     "group_sums",
     "pack",
@@ -61,4 +64,5 @@ __all__ = [
     "store_kv_ref",
     "w4_gemm",
     "w4_gemm_ref",
+    "w4a8_fp8_large",
 ]

@@ -21,6 +21,7 @@ from .launch import INTERPRETED, jit, next_power_of_2, row_warps, tl
 
 __all__ = [
     "EightBitTarget",
+    "e4m3_bits",
     "group_sums",
     "quantize_fp8",
     "quantize_fp8_ref",
@@ -67,7 +68,7 @@ def group_sums(x: torch.Tensor, group_size: int) -> torch.Tensor:
 
 
 @jit
-def _e4m3_bits(b_x: tl.tensor) -> tl.tensor:
+def e4m3_bits(b_x: tl.tensor) -> tl.tensor:
     """The byte of each fp32 in -448..448, by integer arithmetic."""
     sign = (b_x.to(tl.uint32, bitcast=True) >> 24) & 0x80
     b_abs = tl.abs(b_x)
@@ -92,7 +93,7 @@ def quantize_row(
     b_x = tl.div_rn(b_x, b_scale + tl.zeros_like(b_x))
     b_x = tl.minimum(tl.maximum(b_x, -LARGEST), LARGEST)
     if ENCODE:
-        b_code = _e4m3_bits(b_x)
+        b_code = e4m3_bits(b_x)
     elif LARGEST == 448.0:
         b_code = b_x.to(codes.dtype.element_ty)
     else:

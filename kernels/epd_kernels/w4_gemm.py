@@ -24,7 +24,7 @@ from .errors import FormatError
 from .launch import GemmConfig, constant, device_facts, gemm_config, jit, tl
 from .packing import TILE_K, Format, PackedWeight
 
-__all__ = ["w4_gemm", "w4_gemm_ref"]
+__all__ = ["padded", "w4_gemm", "w4_gemm_ref"]
 
 _ACCEPTS = {
     Format.U4: (torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn),
@@ -229,7 +229,7 @@ def w4_gemm_triton(
     out = torch.empty(tokens, features, dtype=out_dtype, device=x.device)
     if not tokens:
         return out
-    x = _padded(x)
+    x = padded(x)
     width, per_channel = x.shape[1], weight.group_size == weight.in_features
     group = width if per_channel else weight.group_size
     unit = _UNIT.get(x.dtype, 1.0)
@@ -260,7 +260,7 @@ def w4_gemm_triton(
     return out
 
 
-def _padded(x: torch.Tensor) -> torch.Tensor:
+def padded(x: torch.Tensor) -> torch.Tensor:
     """`x` with unit stride along K and K a multiple of the tile; as it is where both hold."""
     padding = -x.shape[1] % TILE_K
     if padding:

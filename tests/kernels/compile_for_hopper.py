@@ -15,9 +15,9 @@ from triton.compiler import ASTSource
 
 MODULES = (
     "paged_attention", "w4_gemm", "norm", "rope", "silu_mul", "kv_store", "activations",
-    "fused_quant", "launch",
+    "fused_quant", "w4_dequant", "launch",
 )  # fmt: skip
-attention, gemm, norm, rope, silu_mul, kv_store, activations, fused, launch = (
+attention, gemm, norm, rope, silu_mul, kv_store, activations, fused, widen, launch = (
     importlib.import_module(f"epd_kernels.{name}") for name in MODULES
 )
 CPU = torch.device("cpu")
@@ -122,6 +122,11 @@ def quantisers() -> dict[str, dict[str, Any]]:
 
 def gemms() -> dict[str, dict[str, Any]]:
     found = {}
+    types = {"data": "*u8", "codes": "*fp8e4nv"}
+    types |= dict.fromkeys(("scales", "zeros", "row_scales"), "*fp32")
+    for code in ("u4", "sm7"):
+        fixed = {"N": 4096, "K": 4096, "GROUP": 128, "FORMAT": code, "BLOCK_N": 16, "ENCODE": False}
+        found[f"dequantize-{code}"] = describe(build(widen._dequantize_kernel, types, fixed, 4, 3))
     fixed = {"N": 4096, "K": 4096, "GROUP": 128, "SPLITS": 1, "SCALED": True, "BIASED": True,
              "BLOCK_J": 64}  # fmt: skip
     pairs = [("u4", "bf16"), ("u4", "fp8e4nv"), ("sm7", "fp8e4nv"), ("hi4", "i8")]
