@@ -255,9 +255,7 @@ class EngineCore:
             return []
         try:
             outputs = iter(self._runner.run(chunks))
-            return [
-                (chunk, _finite(next(outputs)) if chunk.samples else None) for chunk in chunks
-            ]
+            return [(chunk, _finite(next(outputs)) if chunk.samples else None) for chunk in chunks]
         except Exception as error:
             if len(chunks) == 1:
                 return [(chunks[0], error)]

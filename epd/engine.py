@@ -200,9 +200,7 @@ class LLM:
             detokenizer=Detokenizer(self.formatter.tokenizer, sampling.stop),
         )  # fmt: skip
 
-    def _feed(
-        self, jobs: list[_Job], encoded: dict[str, torch.Tensor], uses: Counter[str]
-    ) -> None:
+    def _feed(self, jobs: list[_Job], encoded: dict[str, torch.Tensor], uses: Counter[str]) -> None:
         """Encode each distinct image of `jobs` once and queue the jobs for prefill."""
         missing = {k: a for job in jobs for k, a in job.images.items() if k not in encoded}
         start = time.monotonic()

@@ -82,9 +82,7 @@ def _pick(logits: torch.Tensor, rows: list[int]) -> torch.Tensor:
     return logits if len(rows) == len(logits) else logits[rows]
 
 
-def apply_penalties(
-    logits: torch.Tensor, rows: Sequence[SampleRow], chosen: Sequence[int]
-) -> None:
+def apply_penalties(logits: torch.Tensor, rows: Sequence[SampleRow], chosen: Sequence[int]) -> None:
     """Penalise tokens of the `chosen` rows in place.
 
     Repetition (CTRL, arXiv 1909.05858) divides positive and multiplies negative logits of every
@@ -105,8 +103,7 @@ def apply_penalties(
         token_ids += tokens
         factors += [params.repetition_penalty] * len(tokens)
         offsets += [
-            params.frequency_penalty * counts[token]
-            + params.presence_penalty * (counts[token] > 0)
+            params.frequency_penalty * counts[token] + params.presence_penalty * (counts[token] > 0)
             for token in tokens
         ]
     at = torch.tensor([row_ids, token_ids], dtype=torch.int64, device=logits.device)

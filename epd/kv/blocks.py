@@ -100,7 +100,7 @@ class _Group:
 
     def publish(self, block: int, digest: bytes) -> None:
         # the first block of a content keeps the name; later twins stay private
-        if digest not in self.by_hash and self.hash_of[block] is None:
+        if digest not in self.by_hash:
             self.by_hash[digest] = block
             self.hash_of[block] = digest
 

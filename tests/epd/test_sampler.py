@@ -167,6 +167,12 @@ def test_top_k_keeps_exactly_k_of_equal_tokens():
     assert set(ids(torch.zeros(300, 10), rows)) == {0, 1, 2}
 
 
+def test_min_p_keeps_the_tokens_that_equal_its_bound():
+    rows = [row(temperature=1.0, min_p=1.0, seed=i) for i in range(300)]
+    logits = torch.tensor([0.0, 2.0, 1.9, 2.0]).expand(300, 4)
+    assert set(ids(logits, rows)) == {1, 3}
+
+
 def test_a_tiny_temperature_is_greedy():
     logits = noise(8, 100)
     rows = [row(temperature=1e-6, seed=i) for i in range(8)]

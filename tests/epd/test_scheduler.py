@@ -344,6 +344,35 @@ def test_an_adoption_that_keeps_asking_is_not_overtaken_forever():
     bench.drain()
 
 
+def test_a_large_adoption_is_not_starved_by_small_arrivals():
+    bench = Bench(num_blocks=8, max_num_seqs=8)
+    bench.add("first", 8, max_tokens=8)
+    bench.add("second", 8, max_tokens=3)
+    bench.step()
+    assert bench.adopt("moved", 21) is None
+    bench.add("small", 1, max_tokens=20)
+    bench.step()
+    assert bench.started == ["first", "second"]  # small would fit, but moved came before it
+    for _ in range(10):
+        if bench.adopt("moved", 21) is not None:
+            break
+        bench.step()
+    assert bench.started == ["first", "second"]
+    bench.scheduler.resume(bench.scheduler.sequences["moved"])
+    bench.step()
+    assert bench.started == ["first", "second", "small"]
+
+
+def test_admission_leaves_a_block_for_each_who_runs():
+    bench = Bench(num_blocks=6, max_batched_tokens=64)
+    bench.add("a", 8, max_tokens=2)
+    bench.add("b", 16, max_tokens=2)
+    assert chunks(bench.step()) == [("a", 8, True)]
+    assert chunks(bench.step()) == [("a", 1, True)]
+    assert chunks(bench.step()) == [("b", 16, True)]
+    assert bench.scheduler.preemptions == 0
+
+
 def test_an_adoption_that_gave_up_blocks_nobody():
     bench = Bench(num_blocks=8, max_num_seqs=1)
     bench.add("first", 8, max_tokens=3)
