@@ -22,6 +22,7 @@ import uvicorn
 from epd_services.gateway.app import create_app
 from epd_services.gateway.fake import FakeDispatcher, Script
 from epd_services.gateway.fetch import ImageFetcher
+from epd_services.gateway.server import server_config
 from epd_services.gateway.settings import GatewaySettings
 from PIL import Image
 
@@ -83,7 +84,7 @@ def _start(settings: GatewaySettings, dispatcher: FakeDispatcher, formatter: Cha
     listener = socket.socket()
     listener.bind(("127.0.0.1", 0))
     app = create_app(settings, dispatcher, formatter, fetcher=fetcher)
-    config = uvicorn.Config(app, log_config=None, lifespan="on", timeout_graceful_shutdown=2)
+    config = server_config(app, settings, timeout_graceful_shutdown=2)
     server = uvicorn.Server(config)
     thread = threading.Thread(target=lambda: asyncio.run(server.serve([listener])), daemon=True)
     thread.start()

@@ -279,6 +279,47 @@ def test_slow_body_is_a_timeout(start_gateway):
     client.close()
 
 
+@pytest.mark.parametrize("sent", [b"", b"GET /live HTT", b"GET /live HTTP/1.1\r\nHost: x\r\nX: "])
+def test_slow_heads_are_cut(start_gateway, sent):
+    gateway = start_gateway(head_seconds=0.2)
+    with socket.create_connection(("127.0.0.1", gateway.port), timeout=5) as client:
+        client.sendall(sent)
+        began = time.monotonic()
+        assert closed(client)
+        assert time.monotonic() - began < 2
+
+
+def closed(client):
+    try:
+        return client.recv(100) == b""
+    except ConnectionResetError:
+        return True
+
+
+def test_a_slow_second_head_is_cut_and_a_slow_answer_is_not(start_gateway):
+    gateway = start_gateway(head_seconds=0.2)
+    gateway.say("ok", first_delay=0.6)
+    assert gateway.post(text()).status_code == 200
+    with socket.create_connection(("127.0.0.1", gateway.port), timeout=5) as client:
+        client.sendall(b"GET /live HTTP/1.1\r\nHost: x\r\n\r\n")
+        answer = b""
+        while b"live" not in answer:
+            answer += client.recv(4096)
+        client.sendall(b"GET /live HT")
+        assert closed(client)
+
+
+def test_connections_are_bounded(start_gateway):
+    gateway = start_gateway(max_connections=20)
+    clients = [socket.create_connection(("127.0.0.1", gateway.port)) for _ in range(20)]
+    with socket.create_connection(("127.0.0.1", gateway.port), timeout=5) as extra:
+        assert closed(extra)
+    for client in clients:
+        client.close()
+    time.sleep(0.1)
+    assert gateway.get("/live").status_code == 200
+
+
 def raw_exchange(gateway, data):
     with socket.create_connection(("127.0.0.1", gateway.port), timeout=5) as client:
         client.sendall(data)
@@ -445,6 +486,13 @@ def test_pipeline_is_the_dispatchers_report(gateway):
     report = gateway.get("/v1/pipeline").json()
     assert [w["stages"] for w in report["workers"]] == ["E", "P", "D"]
     assert report["gateway"]["intake_bytes"] == 0
+
+
+def test_openapi_resolves(gateway):
+    document = gateway.get("/openapi.json").json()
+    assert set(document["paths"]) == {"/v1/models/{model}" if "model:" in p else p for p in ROUTES}
+    references = set(re.findall(r'"#/components/schemas/(\w+)"', json.dumps(document)))
+    assert references and references <= set(document["components"]["schemas"])
 
 
 def test_page_needs_nothing_from_elsewhere(gateway):

@@ -26,7 +26,7 @@ from epd_services.gateway.intake import ByteBudget, deadline_header, read_json_b
 from epd_services.gateway.metrics import GatewayMetrics
 from epd_services.gateway.middleware import ExchangeMiddleware
 from epd_services.gateway.page import page_response
-from epd_services.gateway.schemas import ChatRequest
+from epd_services.gateway.schemas import chat_request_schema
 from epd_services.gateway.settings import GatewaySettings
 from epd_services.gateway.stream import ClientGoneError, unless_disconnected
 
@@ -129,13 +129,14 @@ class _Gateway:
             ("/openapi.json", self._openapi),
         ):
             app.add_api_route(path, self._guarded(handler), response_class=Response)
-        schema = {"content": {"application/json": {"schema": ChatRequest.model_json_schema()}}}
+        schema, _ = chat_request_schema()
+        body = {"required": True, "content": {"application/json": {"schema": schema}}}
         app.add_api_route(
             "/v1/chat/completions",
             self._guarded(self._completions),
             methods=["POST"],
             response_class=Response,
-            openapi_extra={"requestBody": {**schema, "required": True}},
+            openapi_extra={"requestBody": body},
         )
 
     def _guarded(
@@ -225,7 +226,8 @@ class _Gateway:
         return JSONResponse({**self._dispatcher.pipeline(), "gateway": gateway})
 
     async def _openapi(self, _: Request) -> Response:
-        return JSONResponse(self.app.openapi())
+        definitions = chat_request_schema()[1]
+        return JSONResponse({**self.app.openapi(), "components": {"schemas": definitions}})
 
     async def _completions(self, request: Request) -> Response:
         return _ChatResponse(self, request)

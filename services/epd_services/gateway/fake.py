@@ -90,6 +90,7 @@ class FakeGeneration:
             image_tokens=self._image_tokens,
         )
         timings = {"queue": 0.001, "encode": 0.02, "transfer": 0.003, "prefill": 0.03}
+        timings["decode"] = self._script.delay * max(end - 1, 0)
         return TokensEvent(tokens, reason, usage, timings)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -21,6 +22,7 @@ _log = structlog.get_logger(__name__)
 
 _START_SECONDS = 30.0
 _MODULE = "epd_services.gateway.image_child"
+_INHERITED = frozenset({"PATH", "LD_LIBRARY_PATH", "PYTHONPATH", "PYTHONHOME", "PYTHONSAFEPATH"})
 _REFUSALS = {
     Status.UNREADABLE: "The image is damaged or incomplete.",
     Status.FORMAT: "The image must be a PNG, JPEG, WEBP or GIF.",
@@ -62,7 +64,7 @@ class _Child:
             sys.executable, "-X", "utf8", "-m", _MODULE,
             str(limits.seconds), str(limits.memory_bytes), str(limits.max_pixels),
             stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.DEVNULL, limit=1 << 20,
+            stderr=asyncio.subprocess.DEVNULL, limit=1 << 20, env=_environment(),
         )  # fmt: skip
         child = cls(process)
         try:
@@ -222,6 +224,11 @@ class ImageDecoder:
             raise
         self._observe(time.perf_counter() - began, outcome)
         return in_step
+
+
+def _environment() -> dict[str, str]:
+    """What Python needs to start; a process that parses strangers' files gets no more."""
+    return {name: value for name, value in os.environ.items() if name in _INHERITED}
 
 
 def _fail(job: _Job, error: EPDError) -> None:

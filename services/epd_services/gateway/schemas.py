@@ -18,6 +18,7 @@ __all__ = [
     "Message",
     "StreamOptions",
     "TextPart",
+    "chat_request_schema",
     "parse_chat_request",
 ]
 
@@ -151,6 +152,12 @@ class ChatRequest(BaseModel):
         )
         params.validate()
         return params
+
+
+def chat_request_schema() -> tuple[dict[str, Any], dict[str, Any]]:
+    """The JSON schema of a request, and the definitions it refers to, for an OpenAPI document."""
+    schema = ChatRequest.model_json_schema(ref_template="#/components/schemas/{model}")
+    return schema, schema.pop("$defs")
 
 
 def _given(value: float | None, default: float) -> float:
