@@ -223,7 +223,7 @@ def bench(
         return
     _exit(_lazy("bench", "bench")(
         rates=rates, requests=requests, output_tokens=output_tokens, repeat_images=repeat_images,
-        topologies=topologies, seed=seed, out=out,
+        topologies=topologies, seed=seed, out=out, device=device, dtype=dtype,
     ))  # fmt: skip
 
 

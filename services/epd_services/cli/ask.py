@@ -42,7 +42,7 @@ def ask(
             raise usage_error(f"Cannot reach {url}.", "No service answers there.", "epd serve")
         note(f"no server on {address}: answering here with the built-in model")
         return _ask_here(question, images, max_tokens=max_tokens, as_json=as_json)
-    shown = _print_piece if stream and not as_json else None
+    shown = _printer() if stream and not as_json else None
     reply = asyncio.run(_ask(address, question, images, api_key, stream, max_tokens, shown))
     return _tell(reply, streamed=shown is not None, as_json=as_json)
 
@@ -78,8 +78,17 @@ async def _ask(
         )
 
 
-def _print_piece(text: str) -> None:
-    print(text, end="", flush=True)
+def _printer() -> Callable[[str], None]:
+    """Prints pieces of an answer, without the white space that it may begin with."""
+    begun = False
+
+    def show(text: str) -> None:
+        nonlocal begun
+        text = text if begun else text.lstrip()
+        begun = begun or bool(text)
+        print(text, end="", flush=True)
+
+    return show
 
 
 def _tell(reply: Reply, *, streamed: bool, as_json: bool) -> int:
@@ -89,7 +98,7 @@ def _tell(reply: Reply, *, streamed: bool, as_json: bool) -> int:
     elif streamed:
         print()
     elif reply.complete:
-        print(reply.text)
+        print(reply.text.strip())
     if reply.complete:
         return 0
     note(f"error: {reply.error or 'the answer broke off'} ({reply.code or 'no answer'})")
@@ -111,7 +120,7 @@ def _ask_here(question: str, images: Sequence[Path], *, max_tokens: int, as_json
             "Cannot read a picture.", str(error), "epd ask PICTURE.png QUESTION"
         ) from None
     if not as_json:
-        print(completion.text)
+        print(completion.text.strip())
         return 0
     line = completion.timeline
     answer: dict[str, Any] = {

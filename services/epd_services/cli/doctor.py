@@ -105,8 +105,8 @@ def _device(settings: Settings) -> Iterator[Check]:
         facts = torch.cuda.get_device_properties(0)
         name = f"{facts.name}, {facts.total_memory / GiB:.0f} GiB, CUDA {torch.version.cuda}"
         weak = facts.major < 8
-        yield Check("GPU", "warn" if weak else "ok", name,
-                    "kernels are tested from compute capability 8.0 on" if weak else "")  # fmt: skip
+        advice = "kernels are tested from compute capability 8.0 on" if weak else ""
+        yield Check("GPU", "warn" if weak else "ok", name, advice)
         if _version("triton") == "absent":
             yield Check("triton", "warn", "absent", "pip install 'epd[gpu]'")
     elif settings.device.startswith("cuda"):
@@ -131,8 +131,8 @@ def _memory(settings: Settings) -> Iterator[Check]:
     need = workers * (GiB // 2 + settings.kv_memory_bytes) + 2 * weights + settings.cache_bytes
     text = f"{free / GiB:.1f} GiB free, about {need / GiB:.1f} GiB needed"
     short = free < need
-    yield Check("memory", "warn" if short else "ok", text,
-                "EPD_KV_MEMORY_BYTES, or fewer workers: --topology 1EPD" if short else "")  # fmt: skip
+    advice = "EPD_KV_MEMORY_BYTES, or fewer workers: --topology 1EPD" if short else ""
+    yield Check("memory", "warn" if short else "ok", text, advice)
 
 
 def _cache(settings: Settings) -> Iterator[Check]:
@@ -140,8 +140,8 @@ def _cache(settings: Settings) -> Iterator[Check]:
     if settings.cache_url is not None:
         yield Check("token cache", "ok", "a server is named in the settings; serve asks it")
     elif server is None:
-        yield Check("token cache", "warn", "no redis-server or valkey-server on PATH",
-                    "apt-get install redis-server; without it each process caches alone")  # fmt: skip
+        advice = "apt-get install redis-server; without it each process caches alone"
+        yield Check("token cache", "warn", "no redis-server or valkey-server on PATH", advice)
     else:
         yield Check("token cache", "ok", f"{server}, started privately by serve")
 

@@ -39,7 +39,7 @@ def serve(settings: Settings) -> int:
 
 
 def preflight(settings: Settings) -> ModelCard:
-    """The model's card, after every check that needs no process. Raises `EPDError` in three lines."""
+    """The model's card, after every check that needs no process. Raises `EPDError`."""
     try:
         parse_topology(settings.topology)
     except ConfigError as error:
@@ -73,7 +73,7 @@ def _is_loopback(host: str) -> bool:
 
 
 async def _check_cache(url: str | None) -> None:
-    """Raise when a token cache was named and does not answer: later it would only be a slow miss."""
+    """Raise when the named token cache does not answer: later that would only be slow misses."""
     if url is None:
         return
     cache = open_cache(url, timeout=1.0)

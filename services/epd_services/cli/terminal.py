@@ -33,6 +33,9 @@ _FRAMES: dict[type[EPDError], tuple[str, str]] = {
 }
 
 
+_STYLES = {"ok": "green", "yes": "green", "warn": "yellow", "fail": "red", "NO": "red"}
+
+
 def usage_error(what: str, why: str, hint: str) -> ConfigError:
     """An error in three lines: what failed, why, and what to type next."""
     return ConfigError(f"{what}\n{why}\n{hint}")
@@ -74,7 +77,7 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) 
         numeric = bool(lines) and all(isinstance(line[index], int | float) for line in lines)
         made.add_column(name, justify="right" if numeric else "left", overflow="fold")
     for line in lines:
-        made.add_row(*(Text(_text(cell)) for cell in line))
+        made.add_row(*(Text(_text(cell), _STYLES.get(str(cell), "")) for cell in line))
     return made
 
 
