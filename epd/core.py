@@ -12,15 +12,17 @@ from typing import TYPE_CHECKING
 import structlog
 
 from epd.errors import DeadlineError, EPDError, InvalidRequestError, WireError
+from epd.intake import take_in
 from epd.kv.blocks import BlockManager
 from epd.kv.handoff import KVHandoff, ModelFacts
 from epd.kv.pool import KVPool
 from epd.request import FinishReason
 from epd.runner import ModelRunner
 from epd.scheduler import Chunk, Scheduler
-from epd.sequence import Sequence, SequenceState, expand_images
+from epd.sequence import Sequence, SequenceState
 from epd.step import (
     CoreStats,
+    KeptTokens,
     NewSequence,
     PrefillDone,
     SequenceFailure,
@@ -42,6 +44,7 @@ if TYPE_CHECKING:
 __all__ = [
     "CoreStats",
     "EngineCore",
+    "KeptTokens",
     "NewSequence",
     "PrefillDone",
     "SequenceFailure",
@@ -73,7 +76,7 @@ class EngineCore:
         self.facts = ModelFacts(
             revision=card.revision, num_layers=layers, num_kv_heads=shape.num_kv_heads,
             head_dim=shape.head_dim, dtype=str(decoder.dtype).removeprefix("torch."),
-            vocab_size=shape.vocab_size, layer_group=groups,
+            vocab_size=shape.vocab_size, max_position=card.max_position, layer_group=groups,
         )  # fmt: skip
         block_bytes = KVPool.block_bytes(
             layers, block_size=config.block_size, num_kv_heads=shape.num_kv_heads,
@@ -108,19 +111,8 @@ class EngineCore:
         for tokens in vision_tokens:
             if tokens.ndim != 2 or tokens.shape[0] < 1 or tokens.shape[1] != self._hidden_size:
                 raise InvalidRequestError("vision tokens do not have the decoder's hidden size")
-        prompt, spans = expand_images(
-            sequence.prompt_token_ids, sequence.image_token_id, sequence.mm_keys,
-            [len(tokens) for tokens in vision_tokens],
-        )  # fmt: skip
-        self._check_tokens(sequence)
-        self._scheduler.add(
-            Sequence(
-                request_id=sequence.request_id, attempt=sequence.attempt,
-                tokens=prompt + sequence.output_token_ids, num_prompt=len(prompt), spans=spans,
-                sampling=sequence.sampling, salt=sequence.salt, deadline=sequence.deadline,
-                handoff=sequence.handoff,
-            )
-        )  # fmt: skip
+        lengths = [len(tokens) for tokens in vision_tokens]
+        self._scheduler.add(take_in(sequence, lengths, self.facts))
         self._runner.hold_vision(sequence.request_id, vision_tokens)
 
     def cancel(self, request_id: str) -> None:
@@ -192,7 +184,7 @@ class EngineCore:
             request_id=handoff.request_id, attempt=attempt, tokens=tokens,
             num_prompt=len(handoff.prompt_token_ids), sampling=handoff.sampling,
             deadline=deadline, adopted=True, prefilled=True, num_computed=len(tokens) - 1,
-            next_pos=handoff.next_pos,
+            next_pos=handoff.next_pos, shift=handoff.next_pos - (len(tokens) - 1),
         )  # fmt: skip
         return self._scheduler.adopt(sequence, handoff.kv_lengths)
 
@@ -232,16 +224,6 @@ class EngineCore:
         """Raise `AssertionError` if any block is lost, shared wrongly or freed twice."""
         tables = [sequence.table for sequence in self._scheduler.sequences.values()]
         self.blocks.check(table for table in tables if table is not None)
-
-    def _check_tokens(self, sequence: NewSequence) -> None:
-        vocab, image = self.facts.vocab_size, sequence.image_token_id
-        tokens = [*sequence.prompt_token_ids, *sequence.output_token_ids]
-        if not sequence.prompt_token_ids:
-            raise InvalidRequestError("the prompt is empty", "messages")
-        if not all(0 <= token < vocab or token == image for token in tokens):
-            raise InvalidRequestError("the prompt has tokens outside the vocabulary", "messages")
-        if len(sequence.output_token_ids) >= sequence.sampling.max_tokens:
-            raise InvalidRequestError("the request already has max_tokens tokens", "max_tokens")
 
     def _held(self, request_id: str) -> Sequence:
         sequence = self._scheduler.sequences[request_id]
@@ -290,7 +272,8 @@ class EngineCore:
             return FinishReason.STOP
         if sequence.num_output >= sampling.max_tokens:
             return FinishReason.LENGTH
-        return FinishReason.LENGTH if len(sequence.tokens) >= self.max_model_len else None
+        full = len(sequence.tokens) >= self.max_model_len
+        return FinishReason.LENGTH if full or sequence.end_pos >= self.facts.max_position else None
 
     def _prefill_done(self, sequence: Sequence) -> PrefillDone:
         assert sequence.started_at is not None
@@ -300,6 +283,7 @@ class EngineCore:
             cached_tokens=sequence.num_cached,
             queue_seconds=sequence.started_at - sequence.arrived_at,
             prefill_seconds=self._clock() - sequence.started_at,
+            image_tokens_before=sequence.image_tokens_before,
         )  # fmt: skip
 
     def _fail(self, sequence: Sequence, error: Exception, result: StepResult) -> None:

@@ -83,8 +83,7 @@ class ModelRunner:
         """Position of every token of the step, int64 [T]."""
         flat: list[int] = []
         for chunk in chunks:
-            first = chunk.sequence.next_pos
-            flat.extend(range(first, first + chunk.length))
+            flat.extend(chunk.sequence.upcoming(chunk.length))
         return self._send(np.array(flat, np.int64))
 
     def _embed(self, chunks: Sequence[Chunk]) -> torch.Tensor:

@@ -63,6 +63,7 @@ class Scheduler:
         if not config.chunked_prefill:
             limits.append(config.max_batched_tokens)  # a prompt must fit one step whole
         self.max_model_len = min(limits)
+        self.max_position = max_model_len
         self.waiting: list[Sequence] = []  # both in order of arrival
         self.running: list[Sequence] = []
         self.sequences: dict[str, Sequence] = {}
@@ -81,6 +82,12 @@ class Scheduler:
             raise InvalidRequestError(
                 f"the prompt has {len(sequence.tokens)} tokens; "
                 f"at most {self.max_model_len - 1} fit the context",
+                "messages",
+            )
+        if sequence.end_pos >= self.max_position:
+            raise InvalidRequestError(
+                f"the prompt reaches position {sequence.end_pos}; at most {self.max_position - 1} "
+                "fit the context, dropped vision tokens included",
                 "messages",
             )
         self._register(sequence, self._next_arrival())
@@ -130,8 +137,7 @@ class Scheduler:
         """Note that a chunk was computed; its full blocks may be shared from now on."""
         sequence, table = chunk.sequence, chunk.sequence.table
         assert table is not None
-        sequence.num_computed += chunk.length
-        sequence.next_pos += chunk.length
+        sequence.move_to(sequence.num_computed + chunk.length)
         for group in range(len(table.lengths)):
             table.lengths[group] += chunk.length
         size = self._blocks.block_size
@@ -267,7 +273,7 @@ class Scheduler:
             self._blocks.close(table)
             return False
         sequence.table = table
-        sequence.num_computed = sequence.next_pos = cached
+        sequence.move_to(cached)
         self._note_start(sequence, cached)
         return True
 

@@ -8,8 +8,9 @@ from enum import Enum, auto
 from epd.errors import InvalidRequestError
 from epd.kv.blocks import BlockTable, ImageSpan
 from epd.request import SamplingParams
+from epd.step import KeptTokens
 
-__all__ = ["Sequence", "SequenceState", "expand_images"]
+__all__ = ["Sequence", "SequenceState", "expand_images", "place_kept"]
 
 
 class SequenceState(Enum):
@@ -28,6 +29,8 @@ class Sequence:
 
     The first `num_computed` tokens have passed the decoder; `next_pos` is the position of the one
     after them and is carried here, because pruned layer groups hold fewer keys than positions.
+    `positions` are those of the prompt where pruning left gaps, empty without; every later token
+    stands `shift` positions after its place in `tokens`.
     """
 
     request_id: str
@@ -48,6 +51,9 @@ class Sequence:
     hashes: list[bytes] = field(default_factory=list)
     num_computed: int = 0
     next_pos: int = 0
+    positions: list[int] = field(default_factory=list)
+    shift: int = 0
+    image_tokens_before: int = 0
     num_cached: int = 0
     prefilled: bool = False
 
@@ -71,9 +77,28 @@ class Sequence:
         """Prompt positions that images fill."""
         return sum(span.stop - span.start for span in self.spans)
 
+    @property
+    def end_pos(self) -> int:
+        """One more than the position of the last of `tokens`."""
+        return len(self.tokens) + self.shift
+
+    def upcoming(self, count: int) -> list[int] | range:
+        """Positions of the next `count` tokens to compute."""
+        start, stop = self.num_computed, self.num_computed + count
+        if start >= len(self.positions):
+            return range(self.next_pos, self.next_pos + count)
+        placed = self.positions[start:stop]
+        return [*placed, *range(start + len(placed) + self.shift, stop + self.shift)]
+
+    def move_to(self, num_computed: int) -> None:
+        """Note that the first `num_computed` tokens have passed the decoder."""
+        placed = num_computed < len(self.positions)
+        self.num_computed = num_computed
+        self.next_pos = self.positions[num_computed] if placed else num_computed + self.shift
+
     def restart(self) -> None:
         """Forget everything computed, so that all tokens are computed again."""
-        self.num_computed = self.next_pos = 0
+        self.move_to(0)
         self.state = SequenceState.WAITING
 
 
@@ -98,3 +123,24 @@ def expand_images(
         expanded += [tokens[slot]] * length
         done = slot + 1
     return expanded + tokens[done:], tuple(spans)
+
+
+def place_kept(
+    num_prompt: int, spans: tuple[ImageSpan, ...], kept: list[KeptTokens | None]
+) -> tuple[list[int], int]:
+    """Positions of the prompt when every survivor stays where it stood, and the shift after it.
+
+    `spans` are those of the pruned prompt. Without gaps the positions are empty.
+    """
+    positions: list[int] = []
+    shift = done = 0
+    for span, tokens in zip(spans, kept, strict=True):
+        positions.extend(range(done + shift, span.start + shift))
+        first, done = span.start + shift, span.stop
+        if tokens is None:
+            positions.extend(range(first, done + shift))
+        else:
+            positions.extend(first + index for index in tokens.keep_indices)
+            shift += tokens.num_tokens - len(tokens.keep_indices)
+    positions.extend(range(done + shift, num_prompt + shift))
+    return (positions, shift) if shift else ([], 0)

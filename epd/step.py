@@ -8,12 +8,26 @@ from epd.request import FinishReason, SamplingParams, TokenOutput
 
 __all__ = [
     "CoreStats",
+    "KeptTokens",
     "NewSequence",
     "PrefillDone",
     "SequenceFailure",
     "SequenceToken",
     "StepResult",
 ]
+
+
+@dataclass(frozen=True, slots=True)
+class KeptTokens:
+    """What is left of an image of `num_tokens`: `keep_indices`, increasing.
+
+    `digest` names how they were made, where that changes the tokens themselves; with the indices it
+    enters the names of prefix blocks.
+    """
+
+    num_tokens: int
+    keep_indices: list[int]
+    digest: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,6 +37,11 @@ class NewSequence:
     `output_token_ids` is what an earlier attempt produced: generation continues after it with the
     same token indices. With `handoff` the core stops after the first new token and holds the KV.
     `deadline` is on the core's clock; work that still waits then never starts.
+
+    `kept` says per image what pruning left of it (None: everything); empty, nothing was pruned.
+    `positions` "keep" leaves every survivor and all text where it stood, "renumber" closes the
+    gaps. `layer_keep` prunes inside the decoder as well: vision tokens per image that a layer
+    processes on average, a count or a share of the image.
     """
 
     request_id: str
@@ -35,6 +54,9 @@ class NewSequence:
     salt: str = ""
     deadline: float | None = None
     handoff: bool = False
+    kept: list[KeptTokens | None] = field(default_factory=list)
+    positions: str = "keep"
+    layer_keep: int | float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +81,10 @@ class SequenceFailure:
 
 @dataclass(frozen=True, slots=True)
 class PrefillDone:
-    """A prompt was computed. Token counts cover the expanded prompt; times are in seconds."""
+    """A prompt was computed. Token counts cover the expanded prompt; times are in seconds.
+
+    `image_tokens` entered the decoder, out of `image_tokens_before` that the encoder made.
+    """
 
     request_id: str
     attempt: int
@@ -68,6 +93,7 @@ class PrefillDone:
     cached_tokens: int
     queue_seconds: float
     prefill_seconds: float
+    image_tokens_before: int = 0
 
 
 @dataclass(slots=True)

@@ -22,6 +22,7 @@ class ModelFacts:
     head_dim: int
     dtype: str
     vocab_size: int
+    max_position: int
     layer_group: tuple[int, ...]
 
     @property
@@ -35,7 +36,7 @@ class KVHandoff(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 
     `prompt_token_ids` has one placeholder per vision token. The last of `output_token_ids` is the
     next input; `kv_lengths` (per layer group) covers everything before it. `next_pos` is that
-    token's position and is carried, never derived from a length.
+    token's position and is carried, never derived from a length: pruned tokens leave gaps.
     """
 
     request_id: str
@@ -77,10 +78,10 @@ class KVHandoff(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
         if len(self.kv_lengths) != facts.num_groups:
             raise WireError("KV handoff has the wrong number of KV lengths")
         # the first group holds every token but the next input; a deeper one may hold fewer
-        longest = self.num_tokens - 1
-        if self.kv_lengths[0] != longest or not all(0 < n <= longest for n in self.kv_lengths):
+        longest, lengths = self.num_tokens - 1, self.kv_lengths
+        if lengths[0] != longest or lengths[-1] < 1 or lengths != sorted(lengths, reverse=True):
             raise WireError("KV handoff has KV lengths that do not fit its tokens")
-        if not 0 < self.next_pos <= longest:
+        if not longest <= self.next_pos < facts.max_position:
             raise WireError("KV handoff has a next position that does not fit its tokens")
         try:
             self.sampling.validate()

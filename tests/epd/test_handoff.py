@@ -15,7 +15,7 @@ from epd.request import SamplingParams
 
 FACTS = ModelFacts(
     revision="r", num_layers=3, num_kv_heads=2, head_dim=8, dtype="bfloat16", vocab_size=50,
-    layer_group=(0, 0, 1),
+    max_position=9, layer_group=(0, 0, 1),
 )  # fmt: skip
 GOOD = KVHandoff(
     request_id="a", prompt_token_ids=[1, 49, 3, 60], output_token_ids=[7, 8],
@@ -30,6 +30,11 @@ def test_a_good_handoff_passes_and_survives_the_wire():
     assert [GOOD.shape(i) for i in range(3)] == [(2, 5, 2, 8), (2, 5, 2, 8), (2, 3, 2, 8)]
 
 
+def test_positions_run_ahead_of_the_kv_where_tokens_were_pruned():
+    for ahead in (5, 6, 8):
+        msgspec.structs.replace(GOOD, next_pos=ahead).validate(FACTS)
+
+
 @pytest.mark.parametrize(
     ("field", "value"),
     [
@@ -39,7 +44,7 @@ def test_a_good_handoff_passes_and_survives_the_wire():
         ("output_token_ids", [7, 50]), ("output_token_ids", [7, -1]),
         ("output_token_ids", [7, 8, 9, 10, 11]), ("kv_lengths", [5]), ("kv_lengths", [6, 3]),
         ("kv_lengths", [4, 3]), ("kv_lengths", [5, 6]), ("kv_lengths", [5, 0]),
-        ("kv_lengths", [5, -1]), ("next_pos", 6), ("next_pos", 0), ("next_pos", -1),
+        ("kv_lengths", [5, -1]), ("next_pos", 4), ("next_pos", 9), ("next_pos", 0), ("next_pos", -1),
         ("next_pos", 1 << 40), ("sampling", SamplingParams(temperature=float("nan"))),
         ("sampling", SamplingParams(max_tokens=2)),
     ],
