@@ -36,9 +36,9 @@ class Script(ConditionedPruner):
     `released`: graph top-k ∩ DPP k, filled from the DPP, as in their model code, where the graph
     stage changes nothing.
 
-    `graph_keep` "low" keeps the least redundant, which is what the paper says and what works;
-    `plot_parity` and `released` bring their own. The release's greedy step, whose correction
-    is always zero, is not reproduced.
+    `graph_keep` "low" keeps the least redundant, which is what the paper says;
+    `plot_parity` and `released` bring their own. The release's greedy step, whose correction is
+    always zero, is not reproduced.
     """
 
     name: ClassVar[str] = "script"
