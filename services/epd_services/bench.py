@@ -60,9 +60,9 @@ def bench(
     dtype: str | None = None,
 ) -> int:
     """Measure, print a Markdown table, write CSV; the exit code: 1 if one was lost or wrong."""
-    configure_logs("warning", worker="bench")
     plan = plan_bench(rates, requests, output_tokens=output_tokens, repeat=repeat_images,
                       topologies=topologies, seed=seed)  # fmt: skip
+    configure_logs("warning", worker="bench")
     begin = time.perf_counter()
     pictures = _draw(plan)
     expected, rows = _reference(plan, pictures)
@@ -174,8 +174,8 @@ def _print(rows: Sequence[Row], path: Path, seconds: float) -> None:
     print(markdown([_rounded(row) for row in rows], _COLUMNS))
     print(
         "\ntransformers runs batch 1, one request after the other, on every core, for a minute at "
-        "most:\nits TTFT has no queue in it. A worker has one thread. TTFT counts from when a request was due. Stages "
-        f"are means. Every column: {path}"
+        "most:\nits TTFT has no queue in it. A worker has one thread. TTFT counts from when a "
+        f"request was due.\nStages are means. Every column: {path}"
     )
 
 

@@ -50,7 +50,8 @@ def generate_sequentially(
 ) -> tuple[list[Outcome], float]:
     """transformers' own `generate` on the pictures in `order`: batch 1, one after the other.
 
-    Stops after `limit` seconds. Outcomes as of a served load, so that one table holds both; nothing waits in a queue here.
+    Stops after `limit` seconds. Outcomes as of a served load, so that one table holds both;
+    nothing waits in a queue here.
     """
     from transformers import AutoProcessor, LlavaForConditionalGeneration
     from transformers.utils import logging

@@ -70,7 +70,14 @@ def chat_body(question: str, images: Sequence[bytes] = (), **options: Any) -> di
 class ChatClient:
     """Talks to the service at `url`; an async context manager."""
 
-    def __init__(self, url: str, *, api_key: str | None = None, timeout: float = 150.0) -> None:
+    def __init__(
+        self,
+        url: str,
+        *,
+        api_key: str | None = None,
+        timeout: float = 150.0,
+        transport: httpx.AsyncBaseTransport | None = None,
+    ) -> None:
         headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
         self._http = httpx.AsyncClient(
             base_url=url.rstrip("/"),
@@ -78,6 +85,7 @@ class ChatClient:
             timeout=httpx.Timeout(timeout, connect=5.0),
             limits=httpx.Limits(max_connections=None),
             trust_env=False,
+            transport=transport,
         )
 
     async def __aenter__(self) -> ChatClient:

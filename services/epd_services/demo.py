@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from epd.demo import CHECKPOINT
 from epd.demo.examples import MULTI_TYPES, SINGLE_TYPES, held_out_example
+from epd.roles import parse_topology
 from epd_services.bench_rows import percentile
 from epd_services.cli.terminal import note, show_table, table
 from epd_services.logs import configure_logs
@@ -23,7 +24,7 @@ from epd_services.stack import Stack, free_port
 if TYPE_CHECKING:
     from epd_services.client import ChatClient, Reply
 
-__all__ = ["Question", "Result", "demo", "draw_questions"]
+__all__ = ["Question", "Result", "ask_all", "demo", "draw_questions", "passed", "write_report"]
 
 PASS_SHARE = 7 / 8
 _FEW = 8
@@ -64,10 +65,11 @@ def demo(
     concurrency: int | None,
 ) -> int:
     """Run and print the demonstration; the exit code: 0 if at least 7 of 8 answers are right."""
-    configure_logs("warning", worker="demo")
     settings, _ = load_settings(
         model=str(CHECKPOINT), topology=topology, host="127.0.0.1", port=free_port()
     )
+    parse_topology(topology)
+    configure_logs("warning", worker="demo")
     stack = Stack(settings)
     asked = draw_questions(questions, seed, out=out, multi=multi)
     in_flight = concurrency or (1 if questions <= _FEW else 8)
@@ -83,9 +85,14 @@ def demo(
     )
     print(f"The pictures are in {out}/")
     if json_file is not None:
-        _write(json_file, results, topology=topology, seed=seed, in_flight=in_flight,
+        write_report(json_file, results, topology=topology, seed=seed, in_flight=in_flight,
                seconds=round(seconds, 3))  # fmt: skip
-    return 0 if right >= PASS_SHARE * questions else 1
+    return 0 if passed(results) else 1
+
+
+def passed(results: Sequence[Result]) -> bool:
+    """Whether at least 7 of 8 answers are right."""
+    return sum(result.right for result in results) >= PASS_SHARE * len(results)
 
 
 def draw_questions(count: int, seed: int, *, out: Path, multi: bool = False) -> list[Question]:
@@ -114,20 +121,27 @@ async def _run(
     stack: Stack, questions: Sequence[Question], in_flight: int
 ) -> tuple[list[Result], float]:
     async with stack, stack.client() as client:
-        gate, done = asyncio.Semaphore(in_flight), 0
-        with progress("asking", len(questions)) as advance:
+        begin = time.perf_counter()
+        results = await ask_all(client, questions, in_flight)
+        return results, time.perf_counter() - begin
 
-            async def one(question: Question) -> Result:
-                nonlocal done
-                async with gate:
-                    result = await _ask(client, question)
-                done += 1
-                advance(done, "")
-                return result
 
-            begin = time.perf_counter()
-            results = await asyncio.gather(*(one(question) for question in questions))
-            return list(results), time.perf_counter() - begin
+async def ask_all(
+    client: ChatClient, questions: Sequence[Question], in_flight: int
+) -> list[Result]:
+    """The result of every question, in order; at most `in_flight` are under way at a time."""
+    gate, done = asyncio.Semaphore(in_flight), 0
+    with progress("asking", len(questions)) as advance:
+
+        async def one(question: Question) -> Result:
+            nonlocal done
+            async with gate:
+                result = await _ask(client, question)
+            done += 1
+            advance(done, "")
+            return result
+
+        return list(await asyncio.gather(*(one(question) for question in questions)))
 
 
 async def _ask(client: ChatClient, question: Question) -> Result:
@@ -182,7 +196,8 @@ def _show_types(results: Sequence[Result]) -> None:
     )
 
 
-def _write(path: Path, results: Sequence[Result], **facts: Any) -> None:
+def write_report(path: Path, results: Sequence[Result], **facts: Any) -> None:
+    """Write everything about a run as JSON: `facts`, the score, each type, each answer."""
     right = sum(result.right for result in results)
     types: dict[str, dict[str, int]] = {}
     for result in results:

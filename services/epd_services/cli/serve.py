@@ -33,8 +33,8 @@ __all__ = ["preflight", "serve"]
 
 def serve(settings: Settings) -> int:
     """Serve until SIGTERM or SIGINT; the exit code: 0 after a drain, 1 if the gateway failed."""
-    configure_logs(settings.log_level, settings.log_format, worker="supervisor")
     card = preflight(settings)
+    configure_logs(settings.log_level, settings.log_format, worker="supervisor")
     return asyncio.run(_serve(settings, card))
 
 
