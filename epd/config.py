@@ -18,3 +18,4 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     max_model_len: int | None = None
     prefix_cache: bool = True
     chunked_prefill: bool = True
+    layer_pruning: str | None = None

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import math
+import re
 from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
@@ -14,9 +16,10 @@ from epd.errors import InvalidRequestError
 if TYPE_CHECKING:
     from epd_pruning.base import TokenPruner
 
-__all__ = ["PruningSpec"]
+__all__ = ["PruningSpec", "count_of"]
 
 _MOST = 1 << 20
+_PARAM_BYTES = 4096
 
 
 class PruningSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -37,6 +40,19 @@ class PruningSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     params: dict[str, Any] = {}
     positions: Literal["keep", "renumber", "keep+calibrate"] = "keep"
     turns: Literal["reselect", "sticky"] = "reselect"
+
+    @classmethod
+    def parse(cls, value: object) -> PruningSpec:
+        """The checked spec that JSON or TOML data describes; a spec is checked as it is.
+
+        Raises `InvalidRequestError` naming the field at fault, and echoes nothing of the value.
+        """
+        try:
+            spec = value if isinstance(value, cls) else msgspec.convert(value, cls)
+        except msgspec.ValidationError as error:
+            raise _refusal(error) from None
+        spec.validate()
+        return spec
 
     @property
     def token_method(self) -> str | None:
@@ -77,6 +93,14 @@ class PruningSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
             _check_budget(self.layer_keep, "pruning.layer_keep")
         if token is None and self.params:
             raise InvalidRequestError("params belong to a method before the LLM", "pruning.params")
+        _check_params(self.params)
+
+    def num_kept(self, num_tokens: int) -> int:
+        """Tokens of an image of `num_tokens` that enter the decoder (all without a token method).
+
+        `epd_pruning.selection.keep_count` says the same where there is torch.
+        """
+        return num_tokens if self.token_method is None else count_of(self.keep, num_tokens)
 
     def pruner(self) -> TokenPruner | None:
         """The method before the LLM with its hyper-parameters, if any; this loads torch.
@@ -96,6 +120,45 @@ class PruningSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
             return "none"
         told = msgspec.json.encode([self.token_method, self.params, self.keep], order="sorted")
         return hashlib.sha256(told).hexdigest()
+
+
+def count_of(keep: int | float, num_tokens: int) -> int:
+    """A budget as tokens out of `num_tokens`: a count at most all, a share rounded, at least 1."""
+    if isinstance(keep, int):
+        return min(keep, num_tokens)
+    return min(max(round(keep * num_tokens), 1), num_tokens)
+
+
+def _refusal(error: msgspec.ValidationError) -> InvalidRequestError:
+    # the message of an unknown field quotes it; a type error quotes only our own annotations
+    fields = ", ".join(PruningSpec.__struct_fields__)
+    path = re.search(r"\$\.([a-z_]+)", str(error))
+    if path is None or "unknown field" in str(error):
+        return InvalidRequestError(f"pruning takes an object of {fields}", "pruning")
+    name = path.group(1)
+    text = str(error).partition(" - at")[0]
+    return InvalidRequestError(f"{name}: {text}", f"pruning.{name}")
+
+
+def _check_params(params: dict[str, Any]) -> None:
+    try:
+        size = len(msgspec.json.encode(params))
+        finite = all(_finite(value) for value in params.values())
+    except (TypeError, ValueError, RecursionError, msgspec.MsgspecError):
+        size, finite = _PARAM_BYTES + 1, False
+    if size > _PARAM_BYTES or not finite:
+        raise InvalidRequestError(
+            f"params must be plain finite values of at most {_PARAM_BYTES} bytes of JSON",
+            "pruning.params",
+        )
+
+
+def _finite(value: object) -> bool:
+    if isinstance(value, list | tuple):
+        return all(_finite(item) for item in value)
+    return isinstance(value, str | bool | int | None) or (
+        isinstance(value, float) and math.isfinite(value)
+    )
 
 
 def _check_budget(value: int | float, field: str) -> None:

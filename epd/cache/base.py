@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import struct
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
@@ -13,11 +14,15 @@ if TYPE_CHECKING:
 __all__ = ["HEADER_BYTES", "CacheStats", "CachedTokens", "TokenCache", "pack_entry", "unpack_entry"]
 
 _DTYPES = {"float32": (1, 4), "float16": (2, 2), "bfloat16": (3, 2)}  # name: (code, bytes each)
-_NAMES = {code: name for name, (code, _) in _DTYPES.items()}
+_BESIDE = _DTYPES | {"int32": (4, 4)}
+_NAMES = {code: name for name, (code, _) in _BESIDE.items()}
 
-# magic, version, dtype code, reserved (zero), rows, columns; then the digest, then the payload
+# magic, version, dtype code, number of tensors beside, rows, columns; then the digest; then for
+# each tensor beside dtype code, dimensions (1 or 2), rows, columns; then the payload
 _FIELDS = struct.Struct("<4sBBHII")
-_MAGIC, _VERSION = b"EPDT", 1
+_BESIDE_FIELDS = struct.Struct("<BBII")
+_MAGIC, _VERSION = b"EPDT", 2
+_MOST_BESIDE = 16
 _DIGEST_BYTES = 32
 HEADER_BYTES = _FIELDS.size + _DIGEST_BYTES
 
@@ -26,21 +31,45 @@ HEADER_BYTES = _FIELDS.size + _DIGEST_BYTES
 class CachedTokens:
     """The vision tokens of one image: `shape` is [tokens, hidden], `data` row-major little-endian.
 
-    Raises `ValueError` for a dtype outside float32, float16, bfloat16 or a wrong number of bytes.
+    `beside` names dtype and shape, of one or two dimensions, of what pruning needs beside them;
+    those tensors follow the tokens in `data`. Raises `ValueError` for a dtype outside float32,
+    float16, bfloat16 (beside also int32) or a wrong number of bytes.
     """
 
     dtype: str
     shape: tuple[int, int]
     data: bytes | memoryview
+    beside: tuple[tuple[str, tuple[int, ...]], ...] = ()
 
     def __post_init__(self) -> None:
         if self.dtype not in _DTYPES:
             raise ValueError(f"vision tokens are {', '.join(_DTYPES)}, not {self.dtype[:32]!r}")
-        rows, columns = self.shape
-        if not (0 <= rows < 2**32 and 0 <= columns < 2**32):
+        if len(self.beside) > _MOST_BESIDE or any(d not in _BESIDE for d, _ in self.beside):
+            raise ValueError("vision tokens have something beside them that cannot be")
+        if len(self.shape) != 2 or any(not 1 <= len(s) <= 2 for _, s in self.beside):
             raise ValueError("the shape of vision tokens is out of range")
-        if self.num_bytes != rows * columns * _DTYPES[self.dtype][1]:
+        if not all(0 <= size < 2**32 for _, shape in self._layout for size in shape):
+            raise ValueError("the shape of vision tokens is out of range")
+        if self.num_bytes != sum(self._sizes):
             raise ValueError("the bytes of vision tokens do not match their shape and dtype")
+
+    @property
+    def _layout(self) -> list[tuple[str, tuple[int, ...]]]:
+        return [(self.dtype, self.shape), *self.beside]
+
+    @property
+    def _sizes(self) -> list[int]:
+        return [math.prod(shape) * _BESIDE[dtype][1] for dtype, shape in self._layout]
+
+    @property
+    def tensors(self) -> list[tuple[str, tuple[int, ...], memoryview]]:
+        """Dtype, shape and bytes of the tokens and of every tensor beside them; views."""
+        view, start = memoryview(self.data).cast("B"), 0
+        parts = []
+        for (dtype, shape), size in zip(self._layout, self._sizes, strict=True):
+            parts.append((dtype, shape, view[start : start + size]))
+            start += size
+        return parts
 
     @property
     def num_bytes(self) -> int:
@@ -113,8 +142,13 @@ class TokenCache(Protocol):
 
 def pack_entry(key: str, value: CachedTokens) -> bytes:
     """The bytes stored under `key`: header, digest bound to the key, payload."""
-    fields = _FIELDS.pack(_MAGIC, _VERSION, _DTYPES[value.dtype][0], 0, *value.shape)
-    return b"".join((fields, _digest(key, fields, value.data), value.data))
+    code, count = _DTYPES[value.dtype][0], len(value.beside)
+    fields = _FIELDS.pack(_MAGIC, _VERSION, code, count, *value.shape)
+    table = b"".join(
+        _BESIDE_FIELDS.pack(_BESIDE[dtype][0], len(shape), shape[0], (*shape, 0)[1])
+        for dtype, shape in value.beside
+    )
+    return b"".join((fields, _digest(key, fields, table, value.data), table, value.data))
 
 
 def unpack_entry(key: str, entry: bytes) -> CachedTokens | None:
@@ -125,18 +159,28 @@ def unpack_entry(key: str, entry: bytes) -> CachedTokens | None:
     fields, payload = view[: _FIELDS.size], view[HEADER_BYTES:]
     if view[_FIELDS.size : HEADER_BYTES] != _digest(key, fields, payload):
         return None
-    magic, version, code, reserved, rows, columns = _FIELDS.unpack(fields)
-    if (magic, version, reserved) != (_MAGIC, _VERSION, 0) or code not in _NAMES:
+    magic, version, code, count, rows, columns = _FIELDS.unpack(fields)
+    if (magic, version) != (_MAGIC, _VERSION) or count > _MOST_BESIDE:
         return None
+    table, data = payload[: count * _BESIDE_FIELDS.size], payload[count * _BESIDE_FIELDS.size :]
     try:
-        return CachedTokens(_NAMES[code], (rows, columns), payload)
-    except ValueError:
+        beside = tuple(_described(*item) for item in _BESIDE_FIELDS.iter_unpack(table))
+        return CachedTokens(_NAMES[code], (rows, columns), data, beside)
+    except (ValueError, KeyError, struct.error):
         return None
 
 
-def _digest(key: str, fields: bytes | memoryview, payload: bytes | memoryview) -> bytes:
+def _described(code: int, dimensions: int, rows: int, columns: int) -> tuple[str, tuple[int, ...]]:
+    if dimensions == 1 and columns == 0:
+        return _NAMES[code], (rows,)
+    if dimensions == 2:
+        return _NAMES[code], (rows, columns)
+    raise ValueError("a tensor beside has one or two dimensions")
+
+
+def _digest(key: str, *parts: bytes | memoryview) -> bytes:
     name = key.encode()
-    state = hashlib.sha256(b"epd-entry-1" + len(name).to_bytes(8, "little") + name)
-    state.update(fields)
-    state.update(payload)
+    state = hashlib.sha256(b"epd-entry-2" + len(name).to_bytes(8, "little") + name)
+    for part in parts:
+        state.update(part)
     return state.digest()

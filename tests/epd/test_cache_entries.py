@@ -15,6 +15,7 @@ from epd.cache.keys import pixel_digest, token_cache_key
 from epd.errors import MediaError
 
 TOKENS = CachedTokens("float32", (3, 2), bytes(range(24)))
+POOL = CachedTokens("float32", (3, 2), bytes(range(68)), (("int32", (5,)), ("float16", (3, 4))))
 KEY = "k" * 64
 
 
@@ -92,16 +93,18 @@ def test_an_entry_gives_back_what_was_packed(dtype: str, size: int, shape: tuple
     assert (back.dtype, back.shape, bytes(back.data)) == (dtype, shape, data)
 
 
-def test_every_flipped_bit_is_a_miss() -> None:
-    entry = pack_entry(KEY, TOKENS)
+@pytest.mark.parametrize("value", [TOKENS, POOL], ids=["tokens", "pool"])
+def test_every_flipped_bit_is_a_miss(value: CachedTokens) -> None:
+    entry = pack_entry(KEY, value)
     for position, bit in itertools.product(range(len(entry)), range(8)):
         damaged = bytearray(entry)
         damaged[position] ^= 1 << bit
         assert unpack_entry(KEY, bytes(damaged)) is None, (position, bit)
 
 
-def test_every_truncation_and_extension_is_a_miss() -> None:
-    entry = pack_entry(KEY, TOKENS)
+@pytest.mark.parametrize("value", [TOKENS, POOL], ids=["tokens", "pool"])
+def test_every_truncation_and_extension_is_a_miss(value: CachedTokens) -> None:
+    entry = pack_entry(KEY, value)
     assert all(unpack_entry(KEY, entry[:length]) is None for length in range(len(entry)))
     assert unpack_entry(KEY, entry + b"\0") is None
     assert unpack_entry(KEY, b"\0" + entry) is None
@@ -116,12 +119,14 @@ def test_an_entry_under_another_key_is_a_miss() -> None:
 @pytest.mark.parametrize(
     "fields",
     [
-        pytest.param((b"EPDX", 1, 1, 0, 3, 2), id="magic"),
-        pytest.param((b"EPDT", 2, 1, 0, 3, 2), id="version"),
-        pytest.param((b"EPDT", 1, 9, 0, 3, 2), id="dtype"),
-        pytest.param((b"EPDT", 1, 1, 1, 3, 2), id="reserved"),
-        pytest.param((b"EPDT", 1, 1, 0, 3, 3), id="shape"),
-        pytest.param((b"EPDT", 1, 1, 0, 2**32 - 1, 2**32 - 1), id="huge shape"),
+        pytest.param((b"EPDX", 2, 1, 0, 3, 2), id="magic"),
+        pytest.param((b"EPDT", 1, 1, 0, 3, 2), id="version"),
+        pytest.param((b"EPDT", 2, 9, 0, 3, 2), id="dtype"),
+        pytest.param((b"EPDT", 2, 4, 0, 3, 2), id="whole numbers as tokens"),
+        pytest.param((b"EPDT", 2, 1, 1, 3, 2), id="a tensor beside"),
+        pytest.param((b"EPDT", 2, 1, 65535, 3, 2), id="many tensors beside"),
+        pytest.param((b"EPDT", 2, 1, 0, 3, 3), id="shape"),
+        pytest.param((b"EPDT", 2, 1, 0, 2**32 - 1, 2**32 - 1), id="huge shape"),
     ],
 )
 def test_a_lying_header_is_a_miss_in_spite_of_its_digest(fields: tuple[bytes | int, ...]) -> None:
@@ -129,13 +134,45 @@ def test_a_lying_header_is_a_miss_in_spite_of_its_digest(fields: tuple[bytes | i
 
 
 def test_an_entry_is_laid_out_as_documented() -> None:
-    assert _sealed(b"EPDT", 1, 1, 0, 3, 2) == pack_entry(KEY, TOKENS)
+    assert _sealed(b"EPDT", 2, 1, 0, 3, 2) == pack_entry(KEY, TOKENS)
+    table = struct.pack("<BBIIBBII", 4, 1, 5, 0, 2, 2, 3, 4)
+    payload = table + bytes(POOL.data)
+    assert _sealed(b"EPDT", 2, 1, 2, 3, 2, payload=payload) == pack_entry(KEY, POOL)
 
 
-def _sealed(*fields: bytes | int) -> bytes:
-    header, payload = struct.pack("<4sBBHII", *fields), bytes(TOKENS.data)
+def _sealed(*fields: bytes | int, payload: bytes = bytes(TOKENS.data)) -> bytes:
+    header = struct.pack("<4sBBHII", *fields)
     name = struct.pack("<Q", len(KEY)) + KEY.encode()
-    return header + hashlib.sha256(b"epd-entry-1" + name + header + payload).digest() + payload
+    return header + hashlib.sha256(b"epd-entry-2" + name + header + payload).digest() + payload
+
+
+def test_tensors_beside_the_tokens_come_back_as_they_were() -> None:
+    back = unpack_entry(KEY, pack_entry(KEY, POOL))
+    assert back is not None
+    assert (back.beside, bytes(back.data)) == (POOL.beside, POOL.data)
+    parts = [(dtype, shape, bytes(data)) for dtype, shape, data in back.tensors]
+    data = bytes(range(68))
+    assert parts == [
+        ("float32", (3, 2), data[:24]), ("int32", (5,), data[24:44]),
+        ("float16", (3, 4), data[44:]),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "table",
+    [
+        pytest.param((9, 1, 11, 0), id="dtype"),
+        pytest.param((4, 3, 11, 1), id="dimensions"),
+        pytest.param((4, 0, 11, 0), id="no dimension"),
+        pytest.param((4, 1, 11, 1), id="columns of a vector"),
+        pytest.param((4, 1, 12, 0), id="rows"),
+    ],
+)
+def test_a_lying_table_is_a_miss_in_spite_of_its_digest(table: tuple[int, ...]) -> None:
+    payload = struct.pack("<BBII", *table) + bytes(24 + 44)
+    honest = struct.pack("<BBII", 4, 1, 11, 0) + bytes(24 + 44)
+    assert unpack_entry(KEY, _sealed(b"EPDT", 2, 1, 1, 3, 2, payload=honest)) is not None
+    assert unpack_entry(KEY, _sealed(b"EPDT", 2, 1, 1, 3, 2, payload=payload)) is None
 
 
 @given(st.binary(max_size=200))
@@ -150,6 +187,7 @@ def test_arbitrary_bytes_are_a_miss(entry: bytes) -> None:
         ("float32", (1, 1), 3),
         ("float32", (2**32, 0), 0),
         ("object", (1, 1), 8),
+        ("int32", (1, 1), 4),
     ],
 )
 def test_tokens_that_cannot_be_are_refused(dtype: str, shape: tuple[int, int], size: int) -> None:
