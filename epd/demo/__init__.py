@@ -16,4 +16,7 @@ CHECKPOINT = Path(__file__).parent / "checkpoint"
 TEXT_TOWER = CHECKPOINT / "text_tower"
 """CLIPTextModelWithProjection layout plus `alignment.safetensors` (visual_projection.weight)."""
 
-__all__ = ["CHECKPOINT", "TEXT_TOWER"]
+BUILT_IN_NAME = "epd-demo"
+"""What the built-in model is called in `/v1/models`."""
+
+__all__ = ["BUILT_IN_NAME", "CHECKPOINT", "TEXT_TOWER"]

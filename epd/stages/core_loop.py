@@ -8,6 +8,7 @@ loop keeps answering heartbeats through the longest prefill.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -23,6 +24,7 @@ from epd.stages.base import Host
 __all__ = ["CoreLoop", "Operation"]
 
 _log = structlog.get_logger("epd.core")
+_BLOCKED_SECONDS = 0.02
 Operation = Callable[[], Callable[[], None] | None]
 """Runs in the compute thread; the function it returns, if any, runs on the event loop
 afterwards.
@@ -113,6 +115,13 @@ class CoreLoop:
                 round_ = await loop.run_in_executor(self._thread, self._turn, operations)
                 self._publish(round_)
                 busy = bool(self._operations) or self._core.has_work()
+                if round_.step is not None and not round_.step.num_tokens:
+                    await self._pause()
+
+    async def _pause(self) -> None:
+        """All work waits for blocks: look again when something happens, or soon."""
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._wake.wait(), _BLOCKED_SECONDS)
 
     def _turn(self, operations: list[Operation]) -> _Round:
         round_ = _Round()

@@ -112,9 +112,11 @@ def _decode_ref(
     position = torch.arange(num_blocks * block_size, device=q.device)
     seen = position < seq_lens[:, None]
     table = block_tables[:, :num_blocks].long() * seen[:, ::block_size]
-    unseen = ~seen[:, :, None, None]
-    k = k_cache[table].flatten(1, 2).masked_fill_(unseen, 0).transpose(1, 2)
-    v = v_cache[table].flatten(1, 2).masked_fill_(unseen, 0).transpose(1, 2)
+    # rows past a sequence's length may hold anything, NaN included: few, so cheaper than a mask
+    unseen = (~seen).flatten().nonzero().flatten()
+    k = k_cache[table].flatten(0, 2).index_fill_(0, unseen, 0).unflatten(0, seen.shape)
+    v = v_cache[table].flatten(0, 2).index_fill_(0, unseen, 0).unflatten(0, seen.shape)
+    k, v = k.transpose(1, 2), v.transpose(1, 2)
     grouped = q.reshape(num_seqs, kv_heads, -1, q.shape[-1])
     out = functional.scaled_dot_product_attention(
         grouped, k, v, attn_mask=seen[:, None, None], scale=scale

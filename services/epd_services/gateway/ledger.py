@@ -52,10 +52,10 @@ class Record:
         """Append the next token and tell whoever waits."""
         self.outputs.append(output)
         self.timeline.token()
-        if reason is None:
-            self.events.put_nowait(TokensEvent([output]))
-            return
-        self.events.put_nowait(TokensEvent([output], reason, self.final_usage(), self.timings()))
+        # the first event carries them too: an answer may be cut by a stop string
+        tells = reason is not None or len(self.outputs) == 1
+        usage, timings = (self.final_usage(), self.timings()) if tells else (None, None)
+        self.events.put_nowait(TokensEvent([output], reason, usage, timings))
 
     def final_usage(self) -> Usage:
         """Token counts so far."""

@@ -11,10 +11,10 @@ from collections.abc import Iterator
 
 import structlog
 import uvicorn
-from epd.chat import ChatFormatter
 
 from epd.cache.factory import open_cache
-from epd.demo import CHECKPOINT
+from epd.chat import ChatFormatter
+from epd.demo import BUILT_IN_NAME, CHECKPOINT
 from epd.errors import ConfigError
 from epd.membership import Membership
 from epd.models.card import ModelCard
@@ -23,6 +23,7 @@ from epd.transport import ZmqTransport
 from epd.wire import Codec
 from epd_services.gateway.app import create_app
 from epd_services.gateway.dispatcher import DispatchLimits, PipelineDispatcher
+from epd_services.gateway.server import server_config
 from epd_services.logs import configure_logs
 from epd_services.process import ended_before_stop
 from epd_services.settings import Settings
@@ -42,7 +43,9 @@ def run_gateway(settings: Settings) -> int:
 
 async def _serve(settings: Settings) -> int:
     assert settings.bind is not None
-    card = ModelCard.load(settings.model or CHECKPOINT)
+    card = ModelCard.load(
+        settings.model or CHECKPOINT, name=None if settings.model else BUILT_IN_NAME
+    )
     key = settings.wire_key()
     transport = ZmqTransport(settings.bind, keyed=key is not None)
     shared = settings.cache_url is not None and not settings.cache_url.startswith("memory:")
@@ -53,16 +56,15 @@ async def _serve(settings: Settings) -> int:
         clock=time.monotonic,
         limits=DispatchLimits(max_inflight=settings.max_inflight, drain=settings.drain_seconds),
     )
+    app = create_app(settings, dispatcher, ChatFormatter(card))
+    graceful = int(settings.drain_seconds) + 1
     server = _Server(
-        uvicorn.Config(
-            create_app(settings, dispatcher, ChatFormatter(card)),
+        server_config(
+            app,
+            settings,
             host=settings.host,
             port=settings.port,
-            log_config=None,
-            access_log=False,
-            lifespan="on",
-            timeout_graceful_shutdown=int(settings.drain_seconds) + 1,
-            h11_max_incomplete_event_size=settings.max_header_bytes,
+            timeout_graceful_shutdown=graceful,
         )
     )
     serving = asyncio.create_task(server.serve())
