@@ -123,6 +123,10 @@ _BY_CODE = {
 }
 
 
-def error_from_code(code: str, message: str) -> EPDError:
+def error_from_code(code: str, message: str, param: str | None = None) -> EPDError:
     """The typed error a worker reported by `code`; an unknown code is a plain `EPDError`."""
-    return _BY_CODE.get(code, EPDError)(message)
+    cls = _BY_CODE.get(code, EPDError)
+    error = cls(message)
+    if isinstance(error, InvalidRequestError):
+        error.param = param
+    return error

@@ -8,6 +8,8 @@ import msgspec
 from msgspec import Meta
 
 from epd.kv.handoff import KVHandoff
+from epd.pruning_spec import PruningSpec
+from epd.queries import QUERY_CHARS
 from epd.request import MMItem, SamplingParams, TokenOutput
 
 __all__ = [
@@ -42,6 +44,7 @@ __all__ = [
 
 Name = Annotated[str, Meta(min_length=1, max_length=128)]
 Text = Annotated[str, Meta(max_length=512)]
+Query = Annotated[str, Meta(max_length=QUERY_CHARS)]
 Count = Annotated[int, Meta(ge=0, le=1 << 40)]
 Life = Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
 Seconds = Annotated[float, Meta(ge=0.0, le=1e9)]
@@ -88,12 +91,16 @@ class Cancel(RequestMessage, frozen=True, kw_only=True):
 
 
 class EncodeRequest(RequestMessage, frozen=True, kw_only=True):
-    """Encode one image (buffer: uint8 [height, width, 3]) and send its tokens to `consumer`."""
+    """Encode one image (buffer: uint8 [height, width, 3]) and send its tokens to `consumer`.
+
+    With `pruning` only those that its method lets out of the encoder.
+    """
 
     item: Count
     mm: MMItem
     consumer: Name
     ttl: Seconds
+    pruning: PruningSpec | None = None
 
 
 class VisionTokensReceived(RequestMessage, frozen=True, kw_only=True):
@@ -106,7 +113,11 @@ class VisionTokensReceived(RequestMessage, frozen=True, kw_only=True):
 
 
 class PrefillRequest(RequestMessage, frozen=True, kw_only=True):
-    """Prefill a prompt; `from_cache[i]` says that item i is in the token cache, not on its way."""
+    """Prefill a prompt; `from_cache[i]` says that item i is in the token cache, not on its way.
+
+    `pruning` chooses among the tokens of item i by `queries[i]`; `budget`, tokens per image, takes
+    the place of its `keep` where that is possible.
+    """
 
     prompt_token_ids: list[TokenId]
     items: list[MMItem]
@@ -116,10 +127,13 @@ class PrefillRequest(RequestMessage, frozen=True, kw_only=True):
     salt: Text
     consumer: Name
     ttl: Seconds
+    pruning: PruningSpec | None = None
+    queries: list[Query] = []
+    budget: Count | None = None
 
 
 class VisionTokens(RequestMessage, frozen=True, kw_only=True):
-    """The vision tokens of one image (buffer: [tokens, hidden])."""
+    """The vision tokens of one image (buffers: [tokens, hidden], and what pruning needs)."""
 
     item: Count
     cache_key: Name
@@ -211,11 +225,12 @@ class Encoded(RequestMessage, frozen=True, kw_only=True):
 
 
 class EncodeFailed(RequestMessage, frozen=True, kw_only=True):
-    """An image could not be encoded; `code` names the error type."""
+    """An image could not be encoded; `code` names the error type, `param` the request's field."""
 
     item: Count
     code: Name
     message: Text
+    param: Text | None = None
 
 
 class MissingItems(RequestMessage, frozen=True, kw_only=True):
@@ -229,6 +244,7 @@ class PrefillDone(RequestMessage, frozen=True, kw_only=True):
 
     prompt_tokens: Count
     image_tokens: Count
+    image_tokens_before: Count = 0
     cached_tokens: Count
     queue_seconds: Seconds
     prefill_seconds: Seconds
@@ -266,6 +282,7 @@ class RequestFailed(RequestMessage, frozen=True, kw_only=True):
     code: Name
     message: Text
     retryable: bool
+    param: Text | None = None
 
 
 MESSAGES: dict[bytes, type[Message]] = {

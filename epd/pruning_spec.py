@@ -112,7 +112,10 @@ class PruningSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         try:
             return token_pruner(self.token_method, self.params)
         except PruningError as error:
-            raise InvalidRequestError(str(error), f"pruning.params.{error.field}") from None
+            known = error.field.isidentifier() and len(error.field) <= 48
+            param = f"pruning.params.{error.field}" if known else "pruning.params"
+            text = f"{error.field[:48]} must be {error.allowed}"
+            raise InvalidRequestError(text, param) from None
 
     def fingerprint(self) -> str:
         """A digest of what decides the tokens an encoder hands on: part of cache keys."""

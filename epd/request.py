@@ -111,12 +111,15 @@ class TokenOutput(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Usage(msgspec.Struct, frozen=True, kw_only=True):
-    """Token counts of a request. `image_tokens` is part of `prompt_tokens`."""
+    """Token counts of a request. `image_tokens` is part of `prompt_tokens`; what the images took
+    before pruning is `image_tokens_before`.
+    """
 
     prompt_tokens: int
     completion_tokens: int
     image_tokens: int = 0
     cached_tokens: int = 0
+    image_tokens_before: int = 0
 
 
 class RequestTimeline:

@@ -1,13 +1,16 @@
-"""Tensor and `Blob`, both ways: the only module that knows the two worlds."""
+"""Tensor and `Blob` or cache entry, both ways: the only module that knows the two worlds."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
+from epd.cache.base import CachedTokens
 from epd.errors import WireError
 from epd.wire import DTYPE_BYTES, Blob
 
-__all__ = ["dtype_name", "from_blob", "to_blob", "torch_dtype"]
+__all__ = ["dtype_name", "from_blob", "from_cached", "to_blob", "to_cached", "torch_dtype"]
 
 _DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in DTYPE_BYTES}
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
@@ -46,3 +49,17 @@ def from_blob(blob: Blob, device: torch.device | str = "cpu") -> torch.Tensor:
         return torch.empty(blob.shape, dtype=torch_dtype(blob.dtype), device=device)
     raw = torch.frombuffer(bytearray(blob.data), dtype=torch.uint8)
     return raw.view(torch_dtype(blob.dtype)).reshape(blob.shape).to(device)
+
+
+def to_cached(tensors: Sequence[torch.Tensor]) -> CachedTokens:
+    """A cache entry of vision tokens [tokens, hidden] and the tensors beside them."""
+    first, *beside = blobs = [to_blob(tensor) for tensor in tensors]
+    data = first.data if not beside else b"".join(blob.data for blob in blobs)
+    rows, columns = first.shape
+    described = tuple((blob.dtype, blob.shape) for blob in beside)
+    return CachedTokens(first.dtype, (rows, columns), data, described)
+
+
+def from_cached(value: CachedTokens, device: torch.device | str = "cpu") -> list[torch.Tensor]:
+    """The tensors of a cache entry, copied."""
+    return [from_blob(Blob(*part), device) for part in value.tensors]

@@ -44,6 +44,7 @@ from epd.stages.decode import DecodeStage
 from epd.stages.encode import EncodeStage, ImageEncoder
 from epd.stages.prefill import PrefillStage
 from epd.tensors import to_blob
+from epd.vision_pool import TokenSelector
 from epd.wire import Blob, Envelope
 
 __all__ = ["ServedModel", "Worker"]
@@ -66,7 +67,7 @@ class ServedModel:
 class Worker:
     """Wires the stages of `node`'s identity to it.
 
-    `encoder` and `core` exist as far as the stages need them.
+    `encoder`, `core` and `selector` exist as far as the stages need them.
     """
 
     def __init__(
@@ -79,6 +80,7 @@ class Worker:
         encoder: ImageEncoder | None,
         core: EngineCore | None,
         clock: Callable[[], float],
+        selector: TokenSelector | None = None,
         device: str = "cpu",
         address: str | None = None,
         heartbeat: float = 0.25,
@@ -112,6 +114,7 @@ class Worker:
                     clock=clock,
                     device=device,
                     image_token_id=facts.image_token_id,
+                    selector=selector,
                 )
             if Stage.DECODE in stages:
                 self._decode = DecodeStage(self, self._loop, clock=clock, device=device)

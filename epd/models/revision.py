@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from epd.models.files import TensorEntry
+from epd.models.files import TensorEntry, read_header
 
 __all__ = ["encoder_revision", "model_revision"]
 
@@ -19,6 +19,9 @@ _FILES = (
     "processor_config.json", "preprocessor_config.json",
 )  # fmt: skip
 _PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
+_TOWER_FILES = ("text_tower/config.json", "text_tower/tokenizer.json")
+_ALIGNMENT_FILES = ("text_tower/alignment.safetensors",)
+_TOWER_WEIGHTS = "text_tower/model.safetensors"
 _VISION_KEYS = (
     "model_type", "vision_config", "vision_feature_layer", "vision_feature_select_strategy",
     "projector_hidden_act", "multimodal_projector_bias",
@@ -33,8 +36,10 @@ def model_revision(directory: Path, entries: Mapping[str, TensorEntry]) -> str:
     Of each tensor the first 4 KiB enter as well, so a retrained model of equal shape differs.
     """
     digest = hashlib.sha256()
-    _add_files(digest, directory, _FILES)
+    _add_files(digest, directory, (*_FILES, *_TOWER_FILES, *_ALIGNMENT_FILES))
     _add_tensors(digest, entries, sample=_SAMPLE)
+    if (directory / _TOWER_WEIGHTS).is_file():
+        _add_tensors(digest, read_header(directory / _TOWER_WEIGHTS), sample=_SAMPLE)
     return digest.hexdigest()
 
 
@@ -49,7 +54,7 @@ def encoder_revision(
     facts = {key: config.get(key) for key in _VISION_KEYS}
     facts["hidden_size"] = (config.get("text_config") or {}).get("hidden_size")
     digest.update(json.dumps(facts, sort_keys=True).encode())
-    _add_files(digest, directory, _PROCESSOR_FILES)
+    _add_files(digest, directory, (*_PROCESSOR_FILES, *_ALIGNMENT_FILES))
     vision = {k: v for k, v in entries.items() if "vision_tower." in k or "projector." in k}
     _add_tensors(digest, vision, sample=None)
     return digest.hexdigest()

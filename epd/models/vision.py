@@ -12,17 +12,20 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from epd_pruning.base import VisionInputs
 from torch import nn
 
-from epd.errors import MediaError
+from epd.errors import InvalidRequestError, MediaError
+from epd.models.alignment import read_alignment
 from epd.models.checkpoint import Checkpoint, canonical_name, resolve_dtype
 from epd.models.files import problem
 from epd.models.pixels import ImageProcessor
+from epd.models.vision_probe import AttentionProbe
 
 if TYPE_CHECKING:
     from epd.models.card import ModelCard
 
-__all__ = ["VisionEncoder"]
+__all__ = ["VisionEncoder", "restore_position_ids"]
 
 _TOWERS = ("clip_vision_model", "siglip_vision_model")
 
@@ -37,9 +40,12 @@ class VisionEncoder:
         for module in (self.tower, self.projector):
             module.to_empty(device=device)
             module.requires_grad_(False).eval()
-        _restore_position_ids(self.tower)
+        restore_position_ids(self.tower)
         self._processor = ImageProcessor(card, self._config.vision_config.image_size)
         self.device, self.dtype = torch.device(device), dtype
+        self._alignment = read_alignment(card, self._config.vision_config.hidden_size)
+        if self._alignment is not None:
+            self._alignment = self._alignment.to(self.device, dtype)
 
     @classmethod
     def load(
@@ -76,7 +82,7 @@ class VisionEncoder:
             raise MediaError("an image needs at least one pixel")
         vision = self._config.vision_config
         patches = int(vision.image_size // vision.patch_size) ** 2
-        class_token = int(vision.model_type == "clip_vision_model")
+        class_token = int(self._has_class_token)
         dropped = int(self._config.vision_feature_select_strategy == "default")
         return patches + class_token - dropped
 
@@ -95,20 +101,87 @@ class VisionEncoder:
         self, images: Sequence[np.ndarray[Any, np.dtype[np.uint8]]], *, batch_size: int = 32
     ) -> list[torch.Tensor]:
         """The vision tokens `[num_tokens, hidden]` of each image, `batch_size` images at a time."""
-        features: list[torch.Tensor] = []
+        inputs = self.encode_inputs(images, batch_size=batch_size)
+        return [image.embeddings for image in inputs]
+
+    def encode_inputs(
+        self,
+        images: Sequence[np.ndarray[Any, np.dtype[np.uint8]]],
+        needs: frozenset[str] = frozenset(),
+        *,
+        batch_size: int = 32,
+    ) -> list[VisionInputs]:
+        """Each image's vision tokens with those of the optional tensors that `needs` names.
+
+        All of them belong to the encoder layer that the projector reads. Raises
+        `InvalidRequestError` for what this checkpoint cannot give.
+        """
+        self._check_needs(needs)
+        out: list[VisionInputs] = []
         for start in range(0, len(images), batch_size):
             pixels = self.pixels(images[start : start + batch_size])
-            features.extend(self.encode_pixels(pixels.to(self.device, self.dtype)))
-        return features
+            out.extend(self._inputs(pixels.to(self.device, self.dtype), needs))
+        return out
 
-    @torch.no_grad()
     def encode_pixels(self, pixels: torch.Tensor) -> torch.Tensor:
         """`[N, num_tokens, hidden]` of processed pixels `[N, 3, S, S]`."""
-        states = self.tower(pixel_values=pixels, output_hidden_states=True).hidden_states
+        return torch.stack([image.embeddings for image in self._inputs(pixels, frozenset())])
+
+    @torch.no_grad()
+    def _inputs(self, pixels: torch.Tensor, needs: frozenset[str]) -> list[VisionInputs]:
+        layers = self._encoder_layers
+        with AttentionProbe(layers[max(self._layers[-1] - 1, 0)].self_attn) as probe:
+            states = self.tower(pixel_values=pixels, output_hidden_states=True).hidden_states
         first = 1 if self._config.vision_feature_select_strategy == "default" else 0
-        chosen = [states[layer][:, first:] for layer in self._layers]
-        projected: torch.Tensor = self.projector(torch.cat(chosen, dim=-1))
-        return projected
+        features = torch.cat([states[layer][:, first:] for layer in self._layers], dim=-1)
+        found: dict[str, Any] = {"embeddings": self.projector(features)}
+        if "encoder_states" in needs:
+            found["encoder_states"] = features
+        if "encoder_keys" in needs:
+            found["encoder_keys"] = probe.keys()[:, first:]
+        if "cls_attention" in needs:
+            found["cls_attention"] = probe.received(by_first=self._has_class_token)[:, first:]
+        if "aligned" in needs:
+            assert self._alignment is not None
+            patches = self._post_layernorm(states[self._layers[-1]][:, first:])
+            found["aligned"] = patches @ self._alignment.mT
+        side = self._config.vision_config.image_size // self._config.vision_config.patch_size
+        grid = (side, side) if features.shape[1] == side * side else None
+        return [
+            VisionInputs(grid=grid, **{name: value[i] for name, value in found.items()})
+            for i in range(len(pixels))
+        ]
+
+    def _check_needs(self, needs: frozenset[str]) -> None:
+        if "aligned" in needs and self._alignment is None:
+            raise InvalidRequestError(
+                "this method compares tokens with the question in the space of a CLIP text tower, "
+                "and the checkpoint has no text_tower/alignment.safetensors; "
+                "query_encoder llm_embed_mean needs none",
+                "pruning.params.query_encoder",
+            )
+        if needs & {"cls_attention", "encoder_keys"} and self._layers[-1] < 1:
+            raise InvalidRequestError(
+                "this method reads an encoder layer's attention; the projector reads none",
+                "pruning.method",
+            )
+
+    @property
+    def _has_class_token(self) -> bool:
+        return bool(self._config.vision_config.model_type == "clip_vision_model")
+
+    @property
+    def _encoder_layers(self) -> Any:
+        return self._inner.encoder.layers
+
+    @property
+    def _post_layernorm(self) -> Any:
+        return self._inner.post_layernorm
+
+    @property
+    def _inner(self) -> Any:
+        """The module that holds the encoder, in either layout of transformers."""
+        return self.tower if hasattr(self.tower, "encoder") else self.tower.vision_model
 
     def _parameters(self) -> list[tuple[torch.Tensor, str]]:
         """Every parameter with its canonical checkpoint name."""
@@ -169,7 +242,7 @@ def _modules(config: Any, depth: int, dtype: torch.dtype) -> tuple[nn.Module, nn
     return tower, projector
 
 
-def _restore_position_ids(tower: nn.Module) -> None:
+def restore_position_ids(tower: nn.Module) -> None:
     """Refill the one kind of buffer, which is not part of a checkpoint."""
     for name, buffer in tower.named_buffers():
         assert name.endswith("position_ids"), f"unknown buffer {name}"

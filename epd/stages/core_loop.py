@@ -94,6 +94,7 @@ class CoreLoop:
                 code=code,
                 message=text[:512],
                 retryable=retryable,
+                param=getattr(error, "param", None),
             )
         )
 
@@ -154,6 +155,7 @@ class CoreLoop:
                     attempt=done.attempt,
                     prompt_tokens=done.prompt_tokens,
                     image_tokens=done.image_tokens,
+                    image_tokens_before=done.image_tokens_before,
                     cached_tokens=done.cached_tokens,
                     queue_seconds=max(0.0, done.queue_seconds),
                     prefill_seconds=max(0.0, done.prefill_seconds),

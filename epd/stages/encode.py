@@ -10,7 +10,7 @@ import asyncio
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import structlog
@@ -20,26 +20,24 @@ from epd.cache.base import CachedTokens
 from epd.cache.flight import SingleFlight
 from epd.errors import EPDError
 from epd.messages import Encoded, EncodeFailed, EncodeRequest, VisionTokens, VisionTokensReceived
+from epd.pruning_spec import PruningSpec
 from epd.stages.base import Host, Payload, as_tensor
-from epd.tensors import from_blob, to_blob
-from epd.wire import Blob
+from epd.tensors import from_cached, to_cached
+from epd.vision_pool import ImageEncoder, make_pools
 
 __all__ = ["EncodeStage", "ImageEncoder"]
 
 _log = structlog.get_logger("epd.encode")
 Image = np.ndarray[Any, np.dtype[np.uint8]]
-
-
-class ImageEncoder(Protocol):
-    """uint8 [height, width, 3] images in, vision tokens [tokens, hidden] out."""
-
-    def encode(self, images: Sequence[Image]) -> list[torch.Tensor]: ...
+Tensors = list[torch.Tensor]
 
 
 @dataclass(slots=True)
 class _Job:
     image: Image
-    done: asyncio.Future[tuple[torch.Tensor, float, float]]
+    name: str
+    pruning: PruningSpec | None
+    done: asyncio.Future[tuple[Tensors, float, float]]
     arrived: float
 
 
@@ -126,12 +124,11 @@ class EncodeStage:
 
     async def _serve(self, request: EncodeRequest, image: Image) -> None:
         started = self._clock()
-        fresh: list[tuple[torch.Tensor, float, float]] = []
+        fresh: list[tuple[Tensors, float, float]] = []
 
         async def produce() -> CachedTokens:
-            fresh.append(await self._encode(image))
-            blob = to_blob(fresh[0][0])
-            return CachedTokens(blob.dtype, (blob.shape[0], blob.shape[1]), blob.data)
+            fresh.append(await self._encode(request, image))
+            return to_cached(fresh[0][0])
 
         try:
             async with asyncio.timeout(request.ttl):
@@ -139,7 +136,7 @@ class EncodeStage:
         except TimeoutError:
             return
         except EPDError as error:
-            self._fail(request, error.code, str(error))
+            self._fail(request, error.code, str(error), getattr(error, "param", None))
             return
         except Exception as error:
             _log.exception("encode failed", request_id=request.request_id)
@@ -148,17 +145,18 @@ class EncodeStage:
         if fresh:
             tokens, queue_seconds, encode_seconds = fresh[0]
         else:
-            tokens = from_blob(Blob(value.dtype, value.shape, value.data))
+            tokens = from_cached(value)
             queue_seconds, encode_seconds = self._clock() - started, 0.0
         self._hand_over(request, tokens, not fresh, queue_seconds, encode_seconds)
 
-    async def _encode(self, image: Image) -> tuple[torch.Tensor, float, float]:
-        job = _Job(image, asyncio.get_running_loop().create_future(), self._clock())
+    async def _encode(self, request: EncodeRequest, image: Image) -> tuple[Tensors, float, float]:
+        done = asyncio.get_running_loop().create_future()
+        job = _Job(image, request.mm.mm_hash, request.pruning, done, self._clock())
         self._jobs.put_nowait(job)
         return await job.done
 
     def _hand_over(
-        self, request: EncodeRequest, tokens: torch.Tensor, cached: bool, queued: float, took: float
+        self, request: EncodeRequest, tokens: Tensors, cached: bool, queued: float, took: float
     ) -> None:
         key = (request.request_id, request.attempt, request.item)
         report = Encoded(
@@ -177,11 +175,13 @@ class EncodeStage:
             item=request.item,
             cache_key=request.mm.cache_key,
         )
-        if not self._host.post(request.consumer, message, [tokens]):
+        if not self._host.post(request.consumer, message, tokens):
             self._transfers.pop(key)
             self._fail(request, "unavailable", "the prefill worker cannot be reached")
 
-    def _fail(self, request: EncodeRequest, code: str, message: str) -> None:
+    def _fail(
+        self, request: EncodeRequest, code: str, message: str, param: str | None = None
+    ) -> None:
         self._host.emit(
             EncodeFailed(
                 request_id=request.request_id,
@@ -189,6 +189,7 @@ class EncodeStage:
                 item=request.item,
                 code=code,
                 message=message[:512],
+                param=param,
             )
         )
 
@@ -205,20 +206,25 @@ class EncodeStage:
                 results = await loop.run_in_executor(self._thread, self._batch, batch)
                 self._settle(batch, results, began)
 
-    def _batch(self, batch: list[_Job]) -> list[torch.Tensor | Exception]:
+    def _batch(self, batch: list[_Job]) -> list[Tensors | Exception]:
         """One result per job; when a batch fails its members are tried alone, so one cannot
         sink the rest.
         """
         try:
-            return list(self._encoder.encode([job.image for job in batch]))
+            return list(
+                make_pools(
+                    self._encoder,
+                    [job.image for job in batch],
+                    [job.pruning for job in batch],
+                    [job.name for job in batch],
+                )
+            )
         except Exception as error:
             if len(batch) == 1:
                 return [error]
             return [result for job in batch for result in self._batch([job])]
 
-    def _settle(
-        self, batch: list[_Job], results: list[torch.Tensor | Exception], began: float
-    ) -> None:
+    def _settle(self, batch: list[_Job], results: list[Tensors | Exception], began: float) -> None:
         seconds = (self._clock() - began) / len(batch)
         for job, result in zip(batch, results, strict=True):
             if job.done.cancelled():

@@ -31,8 +31,9 @@ from epd.messages import (
 )
 from epd.stages.base import Host, Payload, as_tensor
 from epd.stages.core_loop import CoreLoop
-from epd.tensors import from_blob
-from epd.wire import Blob
+from epd.step import KeptTokens
+from epd.tensors import from_cached
+from epd.vision_pool import TokenSelector, pruned
 
 __all__ = ["LEASE_SECONDS", "PrefillStage"]
 
@@ -48,7 +49,7 @@ class _Waiting:
     request: PrefillRequest
     deadline: float
     asked: float
-    tokens: dict[int, torch.Tensor] = field(default_factory=dict)
+    tokens: dict[int, list[torch.Tensor]] = field(default_factory=dict)
 
     @property
     def missing(self) -> list[int]:
@@ -75,6 +76,7 @@ class PrefillStage:
         clock: Callable[[], float],
         device: torch.device | str,
         image_token_id: int | None,
+        selector: TokenSelector | None = None,
     ) -> None:
         self._host = host
         self._loop = loop
@@ -82,8 +84,9 @@ class PrefillStage:
         self._clock = clock
         self._device = device
         self._image_token_id = image_token_id
+        self._selector = selector or TokenSelector()
         self._waiting: dict[str, _Waiting] = {}
-        self._early: dict[tuple[str, int, int], tuple[float, torch.Tensor]] = {}
+        self._early: dict[tuple[str, int, int], tuple[float, list[torch.Tensor]]] = {}
         self._consumers: dict[str, tuple[str, float]] = {}
         self._leases: dict[str, _Lease] = {}
         self._fetches: set[asyncio.Task[None]] = set()
@@ -129,7 +132,7 @@ class PrefillStage:
         if value is None:
             self._ask(waiting, [item])
             return
-        waiting.tokens[item] = from_blob(Blob(value.dtype, value.shape, value.data), self._device)
+        waiting.tokens[item] = from_cached(value, self._device)
         self._start_if_complete(request.request_id)
 
     def _ask(self, waiting: _Waiting, items: list[int]) -> None:
@@ -143,10 +146,10 @@ class PrefillStage:
         self, sender: str, message: VisionTokens, payloads: Sequence[Payload]
     ) -> None:
         """Take in the vision tokens of one image, before or after the prompt itself."""
-        if len(payloads) != 1:
+        if not payloads:
             return
         rid, attempt, item = message.request_id, message.attempt, message.item
-        tokens = as_tensor(payloads[0], self._device)
+        tokens = [as_tensor(payload, self._device) for payload in payloads]
         self._host.post(sender, VisionTokensReceived(request_id=rid, attempt=attempt, item=item))
         waiting = self._waiting.get(rid)
         if waiting is not None and waiting.request.attempt == attempt:
@@ -162,10 +165,32 @@ class PrefillStage:
             return
         del self._waiting[rid]
         request = waiting.request
-        tokens = [waiting.tokens[i] for i in range(len(request.items))]
-        local = request.consumer == self._host.name
+        if request.consumer != self._host.name:
+            self._consumers[rid] = (request.consumer, waiting.deadline)
+        self._loop.submit(lambda: self._add(waiting))
+
+    def _add(self, waiting: _Waiting) -> Callable[[], None] | None:
+        """In the compute thread: choose the tokens that stay, and give the prompt to the core."""
+        request = waiting.request
+        if self._loop.attempts.get(request.request_id) != request.attempt:
+            return None
+        try:
+            chosen = [self._choose(waiting, item) for item in range(len(request.items))]
+            kept = [one for _, one in chosen]
+            self._loop.core.add(self._sequence(waiting, kept), [tokens for tokens, _ in chosen])
+        except Exception as error:
+            return lambda e=error: self._loop.fail(request.request_id, e, retryable=False)  # type: ignore[misc]
+        return None
+
+    def _choose(self, waiting: _Waiting, item: int) -> tuple[torch.Tensor, KeptTokens | None]:
+        request = waiting.request
+        query = request.queries[item] if item < len(request.queries) else ""
+        return self._selector.select(waiting.tokens[item], request.pruning, query, request.budget)
+
+    def _sequence(self, waiting: _Waiting, kept: list[KeptTokens | None]) -> NewSequence:
+        request, pruning = waiting.request, waiting.request.pruning
         sequence = NewSequence(
-            request_id=rid,
+            request_id=request.request_id,
             attempt=request.attempt,
             prompt_token_ids=request.prompt_token_ids,
             image_token_id=self._image_token_id,
@@ -174,20 +199,9 @@ class PrefillStage:
             output_token_ids=request.output_token_ids,
             salt=request.salt,
             deadline=waiting.deadline,
-            handoff=not local,
+            handoff=request.consumer != self._host.name,
         )
-        if not local:
-            self._consumers[rid] = (request.consumer, waiting.deadline)
-        self._loop.submit(lambda: self._add(sequence, tokens))
-
-    def _add(self, sequence: NewSequence, tokens: list[torch.Tensor]) -> Callable[[], None] | None:
-        if self._loop.attempts.get(sequence.request_id) != sequence.attempt:
-            return None
-        try:
-            self._loop.core.add(sequence, tokens)
-        except Exception as error:
-            return lambda e=error: self._loop.fail(sequence.request_id, e, retryable=False)  # type: ignore[misc]
-        return None
+        return sequence if pruning is None else pruned(sequence, pruning, kept, request.budget)
 
     def _offer(self, handoff: KVHandoff) -> None:
         rid = handoff.request_id

@@ -1,0 +1,195 @@
+"""Pruning before the LLM in two halves: `make_pools` on the encoder, `TokenSelector` at prefill.
+
+What lies between them, in the cache and on the wire, is a list of tensors: the vision tokens of the
+pool [P, hidden]; and unless those are the whole image, int32 vectors of their places in the image
+[P] and in the order of the encoder's stage [P], the image's token count [1], and the per-token
+tensors that the choice by the question reads, in the order of their names.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from epd_pruning.base import Pool, PruningError, TokenPruner, VisionInputs
+
+from epd.errors import InvalidRequestError, WireError
+from epd.pruning_spec import PruningSpec, count_of
+from epd.step import KeptTokens, NewSequence
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from epd.models.query import QueryEncoder
+
+__all__ = ["ImageEncoder", "TokenSelector", "make_pools", "pruned"]
+
+_PLACES = 3
+
+
+class ImageEncoder(Protocol):
+    """uint8 [height, width, 3] images in, vision tokens and what lies inside the encoder out."""
+
+    def num_tokens(self, width: int, height: int) -> int:
+        """Vision tokens of an image."""
+
+    def encode_inputs(
+        self, images: Sequence[np.ndarray[Any, np.dtype[np.uint8]]], needs: frozenset[str]
+    ) -> list[VisionInputs]:
+        """One per image, with the optional tensors that `needs` names."""
+
+
+def make_pools(
+    encoder: ImageEncoder,
+    images: Sequence[np.ndarray[Any, np.dtype[np.uint8]]],
+    specs: Sequence[PruningSpec | None],
+    names: Sequence[str],
+) -> list[list[torch.Tensor]]:
+    """What the encoder hands on of each image, encoded as one batch.
+
+    A budget that keeps a whole image runs no pruner. `names` are the images' digests, the seeds of
+    seeded methods. Raises `InvalidRequestError` for a spec that cannot be done here.
+    """
+    sizes = [encoder.num_tokens(image.shape[1], image.shape[0]) for image in images]
+    pruners = [
+        spec.pruner() if spec is not None and spec.num_kept(size) < size else None
+        for spec, size in zip(specs, sizes, strict=True)
+    ]
+    needs = [p.image_needs | p.query_needs for p in pruners if p is not None]
+    inputs = encoder.encode_inputs(images, frozenset().union(*needs))
+    return [
+        _pool(image, pruner, spec, name)
+        for image, pruner, spec, name in zip(inputs, pruners, specs, names, strict=True)
+    ]
+
+
+def _pool(
+    inputs: VisionInputs, pruner: TokenPruner | None, spec: PruningSpec | None, name: str
+) -> list[torch.Tensor]:
+    if pruner is None or spec is None:
+        return [inputs.embeddings]
+    seed = int(hashlib.sha256(name.encode()).hexdigest()[:15], 16)
+    seeded = dataclasses.replace(inputs, seed=seed)
+    try:
+        pool = pruner.prepare(seeded, spec.num_kept(inputs.num_tokens))
+    except PruningError as error:
+        raise _refusal(error) from None
+    return _packed(pool, pruner)
+
+
+def _packed(pool: Pool, pruner: TokenPruner) -> list[torch.Tensor]:
+    if pool.rank is None:
+        return [pool.inputs.embeddings]
+    size = torch.tensor([pool.num_tokens], dtype=torch.int32)
+    return [
+        pool.inputs.embeddings,
+        pool.indices.to(torch.int32),
+        pool.rank.to(torch.int32),
+        size,
+        *(pool.inputs.require(name) for name in sorted(pruner.query_needs)),
+    ]
+
+
+def _unpacked(tensors: Sequence[torch.Tensor], pruner: TokenPruner) -> Pool:
+    """The pool that `_packed` took apart. Raises `WireError` when it cannot be one of `pruner`."""
+    names = sorted(pruner.query_needs)
+    if len(tensors) != 1 + _PLACES + len(names):
+        raise WireError("a pool has the wrong number of tensors")
+    embeddings, indices, rank, size, *rest = tensors
+    count = embeddings.shape[0]
+    places = indices.shape == rank.shape == (count,) and size.shape == (1,) and count > 0
+    if not places or any(t.ndim < 1 or t.shape[0] != count for t in rest):
+        raise WireError("a pool has tensors of different lengths")
+    where, num_tokens = indices.cpu().long(), int(size[0])
+    ends = torch.tensor([-1]), torch.tensor([num_tokens])
+    if not bool((torch.cat([ends[0], where, ends[1]]).diff() > 0).all()):
+        raise WireError("a pool's places are not increasing places of its image")
+    beside: dict[str, Any] = dict(zip(names, rest, strict=True))
+    inputs = VisionInputs(embeddings=embeddings, **beside)
+    return Pool(inputs, indices.long(), rank.long(), num_tokens)
+
+
+class TokenSelector:
+    """Chooses per request which tokens of a pool enter the decoder.
+
+    Without `queries` only methods that do not read the question can choose.
+    """
+
+    def __init__(self, queries: QueryEncoder | None = None) -> None:
+        self._queries = queries
+
+    @torch.no_grad()
+    def select(
+        self,
+        tensors: Sequence[torch.Tensor],
+        spec: PruningSpec | None,
+        query: str = "",
+        budget: int | None = None,
+    ) -> tuple[torch.Tensor, KeptTokens | None]:
+        """The tokens [k, hidden] that stay, and which; None where that is the whole image.
+
+        A `budget` below what `spec` keeps takes its place where a smaller choice is a prefix of a
+        larger one. Raises `InvalidRequestError` for what this checkpoint cannot do, `WireError`
+        for tensors that are no pool of `spec`.
+        """
+        pruner = spec.pruner() if spec is not None else None
+        if len(tensors) == 1 or spec is None or pruner is None:
+            return tensors[0], None
+        pruner = self._oriented(pruner)
+        pool = _unpacked(tensors, pruner)
+        count = spec.num_kept(pool.num_tokens)
+        if budget is not None and pruner.prefix:
+            count = min(count, count_of(budget, pool.num_tokens))
+        try:
+            keep = pruner.select(pool, count, query=self._vectors(pruner, query))
+        except PruningError as error:
+            raise _refusal(error) from None
+        kept = KeptTokens(pool.num_tokens, keep.tolist(), spec.fingerprint())
+        return pool.gather(keep), kept
+
+    def _oriented(self, pruner: TokenPruner) -> TokenPruner:
+        """The pruner with the relevance sign of this checkpoint's tower, unless one was given."""
+        asks = getattr(pruner, "query_encoder", None) == "clip_text"
+        if not asks or getattr(pruner, "relevance_sign", None) is not None or not self._queries:
+            return pruner
+        return dataclasses.replace(pruner, relevance_sign=self._queries.sign)  # type: ignore[call-arg]
+
+    def _vectors(self, pruner: TokenPruner, query: str) -> torch.Tensor | None:
+        kind = getattr(pruner, "query_encoder", None)
+        if kind is None or not query:
+            return None
+        if self._queries is None:
+            raise InvalidRequestError(
+                f"method {pruner.name} reads the question, which this worker cannot encode",
+                "pruning.method",
+            )
+        return self._queries.encode(kind, query)
+
+
+def pruned(
+    sequence: NewSequence,
+    spec: PruningSpec,
+    kept: list[KeptTokens | None],
+    budget: int | None = None,
+) -> NewSequence:
+    """`sequence` with the choice `kept` of its images, and with what the decoder is to drop.
+
+    A `budget` lowers the layers' average where `spec` prunes inside the decoder alone.
+    """
+    layer_keep = spec.layer_budget if sequence.mm_keys else None
+    if layer_keep is not None and budget is not None and spec.token_method is None:
+        layer_keep = budget
+    return dataclasses.replace(
+        sequence,
+        kept=kept if any(kept) else [],
+        positions=spec.positions,
+        layer_keep=layer_keep,
+    )
+
+
+def _refusal(error: PruningError) -> InvalidRequestError:
+    field = "keep" if error.field == "num_kept" else "method"
+    return InvalidRequestError(f"{error.field} must be {error.allowed}", f"pruning.{field}")
