@@ -69,7 +69,7 @@ def generate_sequentially(
         outcomes.append(Outcome(reply, 0.0, reply.text == expected[number]))
         if time.perf_counter() - begin > limit:
             break
-    advance(len(order), "")
+    advance(len(outcomes), "stopped at the limit" if len(outcomes) < len(order) else "")
     return outcomes, time.perf_counter() - begin
 
 

@@ -117,7 +117,7 @@ def _ask_here(question: str, images: Sequence[Path], *, max_tokens: int, as_json
         )
     except MediaError as error:
         raise usage_error(
-            "Cannot read a picture.", str(error), "epd ask PICTURE.png QUESTION"
+            "Cannot read a picture.", f"{error}.", "epd ask PICTURE.png QUESTION"
         ) from None
     if not as_json:
         print(completion.text.strip())
