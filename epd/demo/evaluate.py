@@ -91,18 +91,15 @@ class Answerer:
     def answer_pruned(self, examples: Sequence[Example], keep: KeepIndices) -> list[str]:
         """Greedy answers from the kept vision tokens alone, positions of the full sequence."""
         rows = self._pruned_rows(examples, keep)
-        lengths = torch.tensor([len(positions) for _, positions in rows], device=self.device)
-        width = int(lengths.max()) + MAX_NEW_TOKENS
-        embeds = torch.zeros(
-            len(rows), width, rows[0][0].shape[-1], dtype=self.model.dtype, device=self.device
-        )
+        width = max(len(positions) for _, positions in rows)
+        embeds = rows[0][0].new_zeros(len(rows), width, rows[0][0].shape[-1])
         positions = torch.zeros(len(rows), width, dtype=torch.long, device=self.device)
+        used = torch.zeros_like(positions, dtype=torch.bool)
         for row, (embedding, position) in enumerate(rows):
-            embeds[row, : len(position)] = embedding
-            positions[row, : len(position)] = position
-            after = torch.arange(width - len(position), device=self.device)
-            positions[row, len(position) :] = position[-1] + 1 + after
-        return self._decode(embeds, positions, lengths)
+            embeds[row, -len(position) :] = embedding
+            positions[row, -len(position) :] = position
+            used[row, -len(position) :] = True
+        return self._decode(embeds, positions, used)
 
     def _pruned_rows(
         self, examples: Sequence[Example], keep: KeepIndices
@@ -131,31 +128,35 @@ class Answerer:
             rows.append((row[stay], stay.nonzero()[:, 0]))
         return rows
 
-    def _decode(self, embeds: Tensor, positions: Tensor, lengths: Tensor) -> list[str]:
-        """Greedy decoding that recomputes the whole row each step: slow, and plainly right."""
+    def _decode(self, embeds: Tensor, positions: Tensor, used: Tensor) -> list[str]:
+        """Greedy answers to rows padded on the left, with explicit positions and masks."""
         count, width = positions.shape
-        row = torch.arange(count, device=self.device)
         model, end = self.model.model.language_model, self.model.generation_config.eos_token_id
-        done = torch.zeros(count, dtype=torch.bool, device=self.device)
-        answers: list[list[int]] = [[] for _ in range(count)]
         causal = torch.ones(width, width, dtype=torch.bool, device=self.device).tril()
+        # padding attends to itself, so that no softmax is empty
+        mask = (causal & used[:, None]) | torch.eye(width, dtype=torch.bool, device=self.device)
+        position, cache, tokens = positions[:, -1:], None, []
+        done = torch.zeros(count, dtype=torch.bool, device=self.device)
         for _ in range(MAX_NEW_TOKENS):
-            used = int(lengths.max())
-            states = model(
-                inputs_embeds=embeds[:, :used],
-                attention_mask=causal[None, None, :used, :used].expand(count, 1, -1, -1),
-                position_ids=positions[:, :used],
-                use_cache=False,
-            ).last_hidden_state
-            token = self.model.lm_head(states[row, lengths - 1]).argmax(-1)
+            out = model(
+                inputs_embeds=embeds,
+                attention_mask=mask[:, None],
+                position_ids=positions,
+                past_key_values=cache,
+                use_cache=True,
+            )
+            token = self.model.lm_head(out.last_hidden_state[:, -1]).argmax(-1)
+            token = torch.where(done, end, token)
             done |= token == end
+            tokens.append(token)
             if bool(done.all()):
                 break
-            embeds[row, lengths.clamp(max=width - 1)] = model.embed_tokens(token)
-            lengths = torch.where(done, lengths, lengths + 1).clamp(max=width)
-            for index in (~done).nonzero()[:, 0].tolist():
-                answers[index].append(int(token[index]))
-        return [text.strip() for text in self.processor.batch_decode(answers)]
+            cache, embeds = out.past_key_values, model.embed_tokens(token)[:, None]
+            position = positions = position + 1
+            used = torch.cat([used, torch.ones_like(used[:, :1])], 1)
+            mask = used[:, None]
+        texts = self.processor.batch_decode(torch.stack(tokens, 1), skip_special_tokens=True)
+        return [text.strip() for text in texts]
 
 
 def batches(examples: Sequence[Example], size: int) -> Iterator[list[Example]]:
