@@ -74,6 +74,9 @@ class Settings(GatewaySettings):
     max_model_len: int | None = Field(None, ge=16)
     prefix_cache: bool = True
     chunked_prefill: bool = True
+    layer_pruning: str | None = Field(
+        None, description="prune inside the decoder: adaptinfer[:LAYERS]"
+    )
 
     log_format: Literal["auto", "console", "json"] = "auto"
     log_level: Literal["debug", "info", "warning", "error"] = "info"
