@@ -8,7 +8,11 @@ __all__ = ["EngineConfig"]
 
 
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Sizes of one engine core. `num_blocks` None derives the count from `kv_memory_bytes`."""
+    """Sizes of one engine core. `num_blocks` None derives the count from `kv_memory_bytes`.
+
+    `layer_pruning` names a method that prunes inside the decoder for requests that ask for it, and
+    the layers after which it does ("adaptinfer", "adaptinfer:1,3,4"); None: no request may.
+    """
 
     block_size: int = 16
     num_blocks: int | None = None

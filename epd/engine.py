@@ -17,16 +17,22 @@ from typing import TYPE_CHECKING, Any, overload
 from epd.cache.keys import pixel_digest
 from epd.chat import ChatFormatter
 from epd.config import EngineConfig
+from epd.conversation import Conversation, as_messages, place_images
 from epd.core import EngineCore
 from epd.demo import CHECKPOINT
 from epd.detokenize import Detokenizer
-from epd.errors import InvalidRequestError, error_from_code
+from epd.errors import error_from_code
 from epd.images import ImageInput, RGBArray, rgb_array
 from epd.models.card import ModelCard
 from epd.models.decoder import Decoder
+from epd.models.query import QueryEncoder
 from epd.models.vision import VisionEncoder
+from epd.pruning_policy import check_served, simplify
+from epd.pruning_spec import PruningSpec
+from epd.queries import image_queries
 from epd.request import FinishReason, RequestTimeline, SamplingParams, TokenOutput, Usage
 from epd.step import NewSequence, PrefillDone, SequenceToken, StepResult
+from epd.vision_pool import TokenSelector, make_pools, pruned
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -35,9 +41,10 @@ if TYPE_CHECKING:
 
 __all__ = ["LLM", "Completion"]
 
-Conversation = str | Sequence[Mapping[str, Any]]
 Prompt = str | list[int]
 Images = Sequence[ImageInput]
+Pruning = PruningSpec | Mapping[str, Any] | None
+Prunings = Pruning | Sequence[Pruning]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,6 +67,8 @@ class _Job:
     prompt: list[int]
     images: dict[str, RGBArray]
     keys: list[str]
+    pruning: PruningSpec | None
+    queries: list[str]
     sampling: SamplingParams
     detokenizer: Detokenizer
     timeline: RequestTimeline
@@ -95,18 +104,19 @@ class LLM:
             self.vision = VisionEncoder.random(self.card, device, dtype, random_seed)
             decoder = Decoder.random(self.card.text, device, dtype, random_seed)
         self.core = EngineCore(decoder, self.card, config=self.config, device=device)
+        self._selector = TokenSelector(QueryEncoder(self.card, decoder))
         self._count = 0
 
     @overload  # a string is a sequence of strings, but never meant as one
     def chat(  # type: ignore[overload-overlap]
         self, messages: Conversation, *, images: Images = ...,
-        sampling: SamplingParams | None = ...,
+        sampling: SamplingParams | None = ..., pruning: Pruning = ...,
     ) -> Completion: ...  # fmt: skip
 
     @overload
     def chat(
         self, messages: Sequence[Conversation], *, images: Sequence[Images] = ...,
-        sampling: SamplingParams | Sequence[SamplingParams] | None = ...,
+        sampling: SamplingParams | Sequence[SamplingParams] | None = ..., pruning: Prunings = ...,
     ) -> list[Completion]: ...  # fmt: skip
 
     def chat(
@@ -115,33 +125,41 @@ class LLM:
         *,
         images: Images | Sequence[Images] = (),
         sampling: SamplingParams | Sequence[SamplingParams] | None = None,
+        pruning: Prunings = None,
     ) -> Completion | list[Completion]:
         """The answer to one conversation, or the answers to a list of them, computed together.
 
         A conversation is OpenAI-shaped messages, or a string for a single question. A part
         `{"type": "image"}` takes the next of `images`, or carries its own as `"image"`; images
-        that no part asks for stand before the first question.
+        that no part asks for stand before the first question. `pruning` (a spec or its fields,
+        one for all or one each) drops vision tokens; a budget of a whole image drops none.
         """
         single = isinstance(messages, str) or isinstance(messages[0], Mapping)
         conversations: Any = [messages] if single else messages
         given: Any = [images] if single else images or [()] * len(conversations)
         resolved = [
-            _place_images(_as_messages(conversation), list(pictures))
+            place_images(as_messages(conversation), list(pictures))
             for conversation, pictures in zip(conversations, given, strict=True)
         ]
-        prompts = [(self.formatter.tokenize(turns), pictures) for turns, pictures in resolved]
-        completions = self._run(prompts, sampling)
+        specs = self._specs(pruning, len(resolved))
+        prompts = [
+            (self.formatter.tokenize(turns), pictures,
+             image_queries(turns, spec.turns) if spec else [])
+            for (turns, pictures), spec in zip(resolved, specs, strict=True)
+        ]  # fmt: skip
+        completions = self._run(prompts, sampling, specs)
         return completions[0] if single else completions
 
     @overload
     def generate(  # type: ignore[overload-overlap]
-        self, prompts: Prompt, *, images: Images = ..., sampling: SamplingParams | None = ...
-    ) -> Completion: ...
+        self, prompts: Prompt, *, images: Images = ..., sampling: SamplingParams | None = ...,
+        pruning: Pruning = ...,
+    ) -> Completion: ...  # fmt: skip
 
     @overload
     def generate(
         self, prompts: Sequence[Prompt], *, images: Sequence[Images] = ...,
-        sampling: SamplingParams | Sequence[SamplingParams] | None = ...,
+        sampling: SamplingParams | Sequence[SamplingParams] | None = ..., pruning: Prunings = ...,
     ) -> list[Completion]: ...  # fmt: skip
 
     def generate(
@@ -150,33 +168,40 @@ class LLM:
         *,
         images: Images | Sequence[Images] = (),
         sampling: SamplingParams | Sequence[SamplingParams] | None = None,
+        pruning: Prunings = None,
     ) -> Completion | list[Completion]:
         """The continuation of one prompt, or of a list of them, computed together.
 
-        A prompt is text or token ids, with one placeholder token per image.
+        A prompt is text or token ids, with one placeholder token per image. `pruning` is as in
+        `chat`; a method that reads the question reads the text of the prompt.
         """
         single = isinstance(prompts, str) or isinstance(prompts[0], int)
         many: Any = [prompts] if single else prompts
         given: Any = [images] if single else images or [()] * len(many)
+        ids = [self.formatter.encode(p) if isinstance(p, str) else p for p in many]
         encoded = [
-            (self.formatter.encode(prompt) if isinstance(prompt, str) else prompt, list(pictures))
-            for prompt, pictures in zip(many, given, strict=True)
+            (prompt, list(pictures), [self.formatter.tokenizer.decode(prompt)] * len(pictures))
+            for prompt, pictures in zip(ids, given, strict=True)
         ]
-        completions = self._run(encoded, sampling)
+        completions = self._run(encoded, sampling, self._specs(pruning, len(ids)))
         return completions[0] if single else completions
 
     def _run(
         self,
-        prompts: list[tuple[list[int], list[ImageInput]]],
+        prompts: list[tuple[list[int], list[ImageInput], list[str]]],
         sampling: SamplingParams | Sequence[SamplingParams] | None,
+        specs: list[PruningSpec | None],
     ) -> list[Completion]:
         """Feed jobs in waves, so that only the vision tokens of one wave are alive at a time."""
         if sampling is None or isinstance(sampling, SamplingParams):
             sampling = [sampling or SamplingParams()] * len(prompts)
-        jobs = [self._job(*prompt, one) for prompt, one in zip(prompts, sampling, strict=True)]
+        jobs = [
+            self._job(*prompt, one, spec)
+            for prompt, one, spec in zip(prompts, sampling, specs, strict=True)
+        ]
         waiting, live = deque(jobs), {job.name: job for job in jobs}
         uses = Counter(key for job in jobs for key in set(job.keys))
-        encoded: dict[str, torch.Tensor] = {}
+        encoded: dict[str, list[torch.Tensor]] = {}
         try:
             while waiting or self.core.has_work():
                 if waiting and not self.core.stats().waiting:
@@ -188,38 +213,75 @@ class LLM:
                 self.core.cancel(job.name)
         return [_completion(job) for job in jobs]
 
-    def _job(self, prompt: list[int], images: list[ImageInput], sampling: SamplingParams) -> _Job:
+    def _specs(self, pruning: Prunings, count: int) -> list[PruningSpec | None]:
+        """One checked spec per prompt; None where nothing is pruned."""
+        each: Any = pruning if isinstance(pruning, Sequence) else [pruning] * count
+        return [self._spec(one) for one in each]
+
+    def _spec(self, asked: Pruning) -> PruningSpec | None:
+        if asked is None:
+            return None
+        spec = PruningSpec.parse(asked)
+        layer_method = self.config.layer_pruning
+        check_served(spec, layer_method.partition(":")[0] if layer_method else None)
+        return simplify(spec, self.card.image_tokens)
+
+    def _job(
+        self,
+        prompt: list[int],
+        images: list[ImageInput],
+        queries: list[str],
+        sampling: SamplingParams,
+        pruning: PruningSpec | None,
+    ) -> _Job:
         sampling.validate()
         self._count += 1
         timeline = RequestTimeline(time.monotonic)
         arrays = [rgb_array(image) for image in images]
-        keys = [pixel_digest(a.shape[1], a.shape[0], a.data) for a in arrays]
+        made_by = f":{pruning.fingerprint()}" if pruning is not None else ""
+        keys = [pixel_digest(a.shape[1], a.shape[0], a.data) + made_by for a in arrays]
         return _Job(
             name=f"local-{self._count}", prompt=prompt, images=dict(zip(keys, arrays, strict=True)),
-            keys=keys, sampling=sampling, timeline=timeline,
+            keys=keys, pruning=pruning if arrays else None, queries=queries,
+            sampling=sampling, timeline=timeline,
             detokenizer=Detokenizer(self.formatter.tokenizer, sampling.stop),
         )  # fmt: skip
 
-    def _feed(self, jobs: list[_Job], encoded: dict[str, torch.Tensor], uses: Counter[str]) -> None:
+    def _feed(
+        self, jobs: list[_Job], encoded: dict[str, list[torch.Tensor]], uses: Counter[str]
+    ) -> None:
         """Encode each distinct image of `jobs` once and queue the jobs for prefill."""
-        missing = {k: a for job in jobs for k, a in job.images.items() if k not in encoded}
+        missing = {
+            key: (array, job.pruning)
+            for job in jobs
+            for key, array in job.images.items()
+            if key not in encoded
+        }
         start = time.monotonic()
-        tokens = self.vision.encode(list(missing.values()))
+        arrays, specs = [a for a, _ in missing.values()], [s for _, s in missing.values()]
+        pools = make_pools(self.vision, arrays, specs, [key.partition(":")[0] for key in missing])
         seconds = time.monotonic() - start
-        encoded.update(zip(missing, tokens, strict=True))
+        encoded.update(zip(missing, pools, strict=True))
         for job in jobs:
             if job.keys:
                 job.timeline.add("encode", seconds)
-            self.core.add(
-                NewSequence(
-                    request_id=job.name, attempt=0, prompt_token_ids=job.prompt,
-                    image_token_id=self.card.image_token_id, mm_keys=job.keys,
-                    sampling=job.sampling,
-                ),
-                [encoded[key] for key in job.keys],
-            )  # fmt: skip
+            self._add(job, [encoded[key] for key in job.keys])
             _release(set(job.keys), encoded, uses)
             job.images.clear()
+
+    def _add(self, job: _Job, pools: list[list[torch.Tensor]]) -> None:
+        sequence = NewSequence(
+            request_id=job.name, attempt=0, prompt_token_ids=job.prompt,
+            image_token_id=self.card.image_token_id, mm_keys=job.keys, sampling=job.sampling,
+        )  # fmt: skip
+        queries = job.queries or [""] * len(pools)
+        chosen = [
+            self._selector.select(pool, job.pruning, query)
+            for pool, query in zip(pools, queries, strict=True)
+        ]
+        if job.pruning is not None:
+            sequence = pruned(sequence, job.pruning, [kept for _, kept in chosen])
+        self.core.add(sequence, [tokens for tokens, _ in chosen])
 
     def _collect(self, step: StepResult, live: dict[str, _Job]) -> None:
         for failure in step.failed:
@@ -246,7 +308,9 @@ class LLM:
             job.timeline.mark("finished")
 
 
-def _release(keys: Iterable[str], encoded: dict[str, torch.Tensor], uses: Counter[str]) -> None:
+def _release(
+    keys: Iterable[str], encoded: dict[str, list[torch.Tensor]], uses: Counter[str]
+) -> None:
     """Forget vision tokens that no later job of the call needs."""
     for key in keys:
         uses[key] -= 1
@@ -264,43 +328,6 @@ def _completion(job: _Job) -> Completion:
         usage=Usage(
             prompt_tokens=job.prefill.prompt_tokens, completion_tokens=len(job.outputs),
             image_tokens=job.prefill.image_tokens, cached_tokens=job.prefill.cached_tokens,
+            image_tokens_before=job.prefill.image_tokens_before,
         ),
     )  # fmt: skip
-
-
-def _as_messages(conversation: Conversation) -> list[dict[str, Any]]:
-    if isinstance(conversation, str):
-        return [{"role": "user", "content": conversation}]
-    return [dict(message) for message in conversation]
-
-
-def _place_images(
-    messages: list[dict[str, Any]], images: list[ImageInput]
-) -> tuple[list[dict[str, Any]], list[ImageInput]]:
-    """The messages with bare image parts, and the images in the order of those parts."""
-    spare = deque(images)
-    placed: list[ImageInput] = []
-    for message in messages:
-        if isinstance(message.get("content"), list):
-            message["content"] = [_bare(part, spare, placed) for part in message["content"]]
-    asker = next((m for m in messages if m.get("role") == "user"), None)
-    if spare and not placed and asker is not None:
-        text = asker.get("content", "")
-        parts = text if isinstance(text, list) else [{"type": "text", "text": text}]
-        asker["content"] = [{"type": "image"}] * len(spare) + parts
-        return messages, list(spare)
-    if spare:
-        raise InvalidRequestError(f"{len(spare)} images belong to no image part", "images")
-    return messages, placed
-
-
-def _bare(part: Any, spare: deque[ImageInput], placed: list[ImageInput]) -> Any:
-    if not isinstance(part, Mapping) or part.get("type") != "image":
-        return part
-    if "image" in part:
-        placed.append(part["image"])
-    elif spare:
-        placed.append(spare.popleft())
-    else:
-        raise InvalidRequestError("an image part has no image", "images")
-    return {"type": "image"}

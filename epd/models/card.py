@@ -49,6 +49,15 @@ class ModelCard:
     config: Mapping[str, Any]
     entries: Mapping[str, TensorEntry]
 
+    @property
+    def image_tokens(self) -> int:
+        """Vision tokens of an image: a LLaVA resizes every image to one size."""
+        vision = self.config.get("vision_config") or {}
+        clip = vision.get("model_type", "clip_vision_model") == "clip_vision_model"
+        side = vision.get("image_size", 224) // vision.get("patch_size", 32 if clip else 16)
+        strategy = self.config.get("vision_feature_select_strategy", "default")
+        return int(side * side + clip - (strategy == "default"))
+
     @classmethod
     def load(
         cls, path_or_id: str | Path, *, name: str | None = None, weights: bool = True
