@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from epd.demo.dropping import draw_dpp_counts, draw_kept, draw_visible
 from epd.demo.packing import IGNORED, Layout, TokenTables
 from epd.demo.questions import caption_valid, draw_questions
 from epd.demo.render import render
-from epd.demo.scenes import SceneBatch, choose, draw_scenes, label_patches
+from epd.demo.scenes import PatchLabels, SceneBatch, choose, draw_scenes, label_patches
 from epd.demo.wording import TYPES
 from epd.demo.world import CHARS, MAX_CAPTION_OBJECTS, MAX_OBJECTS
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from epd.demo.scenes import PatchLabels
 
 QUERIES_PER_IMAGE = 3
 
@@ -101,7 +96,9 @@ def draw_batch(
         pack, prompts, about = _draw_pack(part, layout, tables, generator)
         if num_images == 1:
             labels = type(patches)(patches.obj[first:last], patches.char[first:last])
-            shown = draw_visible(labels, about[:, :, 0], complete[first:last], generator)
+            shown = draw_visible(
+                labels, about[:, :, 0], complete=complete[first:last], generator=generator
+            )
             pack = Pack(layout, first, pack.tokens, pack.labels, pack.kinds, shown)
         else:
             pack = Pack(layout, first, pack.tokens, pack.labels, pack.kinds, None)

@@ -47,11 +47,13 @@ def greedy_dpp(features: Tensor, count: int) -> Tensor:
 
 
 @torch.no_grad()
-def draw_kept(labels: PatchLabels, share: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def draw_kept(
+    labels: PatchLabels, share: float, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
     """Random survivors, bool `[B, N]`, and which samples lost nothing, bool `[B]`.
 
     `share` of the samples are considered, and 30 % of those stay complete as well. Background stays
-    with probability p, objects with at least p, characters with at least half again of the rest.
+    with probability p, objects with at least p, characters with at least half.
     """
     batch, num_tokens = labels.obj.shape
     background = 0.02 + 0.88 * uniform(generator, batch, 1) ** 1.5
@@ -66,7 +68,9 @@ def draw_kept(labels: PatchLabels, share: float, generator: torch.Generator) -> 
 
 
 @torch.no_grad()
-def draw_visible(labels: PatchLabels, about: Tensor, complete: Tensor, generator: torch.Generator) -> Tensor:
+def draw_visible(
+    labels: PatchLabels, about: Tensor, *, complete: Tensor, generator: torch.Generator
+) -> Tensor:
     """What each question may see, bool `[B, K, N]`; `about` is `[B, K, O + 1]`.
 
     In 45 % of the incomplete samples every object or word that a question is not about is hidden

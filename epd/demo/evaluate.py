@@ -15,8 +15,9 @@ import io
 import json
 import time
 from collections import defaultdict
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from PIL import Image
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 MAX_NEW_TOKENS = 48
 EVALUATION_SEED = 1
 
-KeepIndices = Callable[[Tensor], Tensor] if TYPE_CHECKING else Any
+KeepIndices: TypeAlias = "Callable[[Tensor], Tensor]"
 """Vision embeddings `[N, D]` of one image to the sorted int64 indices of the tokens to keep."""
 
 
@@ -107,9 +108,7 @@ class Answerer:
         """Embeddings and positions of each prompt after pruning."""
         inputs = self.inputs(examples)
         model = self.model.model
-        features = model.get_image_features(
-            inputs["pixel_values"], return_dict=True
-        ).pooler_output
+        features = model.get_image_features(inputs["pixel_values"], return_dict=True).pooler_output
         embeddings = iter(features)
         embed, rows = model.language_model.embed_tokens, []
         image_id = self.model.config.image_token_id
@@ -204,7 +203,7 @@ def peak_inside(examples: Sequence[Example], checkpoint: Path, tower: Path) -> f
     projection = load_file(tower / "alignment.safetensors")["visual_projection.weight"].float()
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     vision = answerer.model.model.vision_tower
-    hits = []
+    hits: list[bool] = []
     for example in examples:
         scene = example.scenes[0]
         named = scene.objects[0]
@@ -219,7 +218,8 @@ def peak_inside(examples: Sequence[Example], checkpoint: Path, tower: Path) -> f
         x, y = (best % grid + 0.5) / grid, (best // grid + 0.5) / grid
         alike = [o for o in scene.objects if (o.color, o.shape) == (named.color, named.shape)]
         reach = 0.5 / grid
-        hits.append(any(abs(x - o.x) < o.radius + reach and abs(y - o.y) < o.radius + reach for o in alike))
+        gaps = [max(abs(x - o.x), abs(y - o.y)) - o.radius for o in alike]
+        hits.append(min(gaps) < reach)
     return sum(hits) / len(hits)
 
 
@@ -243,12 +243,8 @@ def main() -> None:
     }
     results["dense"] = score(examples, answerer.answer, batch_size=given.batch_size)
     for ratio in given.keep_ratio:
-        keep = keep_by_greedy_dpp(ratio)
-        results[f"greedy_dpp_{ratio}"] = score(
-            examples,
-            lambda batch, keep=keep: answerer.answer_pruned(batch, keep),
-            batch_size=given.batch_size,
-        )
+        pruned = partial(answerer.answer_pruned, keep=keep_by_greedy_dpp(ratio))
+        results[f"greedy_dpp_{ratio}"] = score(examples, pruned, batch_size=given.batch_size)
     tower = given.checkpoint / TEXT_TOWER.name
     singles = [example for example in examples if len(example.images) == 1]
     seen = [example for example in singles if example.scenes[0].objects][:100]

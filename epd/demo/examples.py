@@ -37,7 +37,7 @@ _BY_NAME = {kind.name: kind for kind in SINGLE + MULTI}
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One question about one to three pictures; `scenes` and `fill` say what was rendered and asked."""
+    """One question about one to three pictures; `scenes` and `fill` say what is in them."""
 
     images: tuple[Image.Image, ...]
     question: str
@@ -47,9 +47,7 @@ class Example:
     fill: dict[str, str]
 
 
-def held_out(
-    count: int, seed: int = 0, *, types: tuple[str, ...] = TYPES
-) -> list[Example]:
+def held_out(count: int, seed: int = 0, *, types: tuple[str, ...] = TYPES) -> list[Example]:
     """`count` examples that take turns through `types` (default: all of them).
 
     Deterministic for a seed (0 to 2047). Types about several images alternate two and three.
@@ -66,9 +64,7 @@ def held_out_example(number: int, seed: int = 0, *, kind: str) -> Example:
     num_images = 1 if kind in SINGLE_TYPES else 2 + number // len(TYPES) % 2
     glyphs = _glyphs()
     while True:
-        scenes = draw_scenes(
-            ROWS_AT_ONCE * num_images, generator, num_fonts=glyphs.shape[0]
-        )
+        scenes = draw_scenes(ROWS_AT_ONCE * num_images, generator, num_fonts=glyphs.shape[0])
         found = _draw(scenes, kind, num_images, generator)
         if found is not None:
             break

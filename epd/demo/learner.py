@@ -91,7 +91,7 @@ class Learner(nn.Module):
         }
 
     def _see(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """LLaVA's features `[M, N, D]`, the patch features the heads read, and the pooled vector."""
+        """LLaVA's features `[M, N, D]`, the patch features for the heads, the pooled vector."""
         tower = self._vision
         states = tower.pre_layrnorm(tower.embeddings((images.float() - self.mean) / self.std))
         earlier = states
@@ -105,7 +105,9 @@ class Learner(nn.Module):
         layout, decoder = pack.layout, self.llava.model.language_model
         num_rows = pack.tokens.shape[0]
         images = slice(pack.first_image, pack.first_image + num_rows * layout.num_images)
-        rows = vision_embeddings[images].unflatten(0, (num_rows, layout.num_images))
+        rows = vision_embeddings[images].view(
+            num_rows, layout.num_images, *vision_embeddings.shape[1:]
+        )
         embed = decoder.embed_tokens
         start = constant(tuple(self.tables.start), rows.device)
         gap = constant(tuple(self.tables.image_break), rows.device)
@@ -113,7 +115,7 @@ class Learner(nn.Module):
         for image in range(1, layout.num_images):
             pieces += [embed(gap).expand(num_rows, -1, -1), rows[:, image]]
         states = torch.cat([piece.float() for piece in [*pieces, embed(pack.tokens)]], 1)
-        mask, positions = self._mask(pack, kept[images].unflatten(0, (num_rows, -1)))
+        mask, positions = self._mask(pack, kept[images].view(num_rows, -1, kept.shape[1]))
         rotary = decoder.rotary_emb(states, positions[None])
         for layer in decoder.layers:
             states = layer(states, attention_mask=mask, position_embeddings=rotary)
@@ -130,8 +132,8 @@ class Learner(nn.Module):
 
     def _exact(self, pack: Pack, right: Tensor) -> Tensor:
         """Which questions would be answered exactly, bool `[R, K]` (teacher forced)."""
-        slots = pack.layout.num_slots * pack.layout.slot_length
-        return right[:, :slots].unflatten(1, (pack.layout.num_slots, -1)).all(-1).detach()
+        slots, length = pack.layout.num_slots, pack.layout.slot_length
+        return right[:, : slots * length].reshape(-1, slots, length).all(-1)
 
     def _mask(self, pack: Pack, kept: Tensor) -> tuple[Tensor, Tensor]:
         """Boolean attention mask `[R, 1, L, L]` without the dropped tokens, and positions `[L]`."""
@@ -174,7 +176,7 @@ class Learner(nn.Module):
         """Text against patches (a sigmoid each) and phrases against whole images."""
         ids = self.tables.query[batch.queries.flatten()]
         texts = F.normalize(self.text_tower(input_ids=ids).text_embeds.float(), dim=-1)
-        texts = texts.unflatten(0, batch.queries.shape)  # [M, Q, P]
+        texts = texts.view(*batch.queries.shape, -1)  # [M, Q, P]
         seen = F.normalize(self.visual_projection(patches).float(), dim=-1)
         logits = torch.einsum("mnp,mqp->mqn", seen, texts) * self.patch_logit_scale.exp()
         wanted = batch.query_patches.float()

@@ -1,4 +1,4 @@
-"""Builds the demo model from transformers' own classes, and writes it as a Hugging Face directory."""
+"""Builds the demo model from transformers' own classes; writes it as a Hugging Face directory."""
 
 from __future__ import annotations
 
@@ -141,7 +141,7 @@ def build_tokenizer() -> Any:
 
 
 def build_llava(size: Size, vocabulary: int) -> Any:
-    """A LLaVA with random weights: CLIP vision tower, two-layer projector, Llama decoder with GQA."""
+    """A LLaVA with random weights: CLIP vision tower, two-layer projector, Llama with GQA."""
     vision = CLIPVisionConfig(
         hidden_size=size.vision_width,
         intermediate_size=4 * size.vision_width,
@@ -231,7 +231,13 @@ def processor_config(size: Size) -> dict[str, Any]:
 
 
 def export(
-    directory: Path, llava: Any, text_tower: Any, *, tokenizer: Any, alignment: dict[str, Tensor], size: Size
+    directory: Path,
+    llava: Any,
+    text_tower: Any,
+    *,
+    tokenizer: Any,
+    alignment: dict[str, Tensor],
+    size: Size,
 ) -> None:
     """Writes the whole checkpoint in bfloat16, with the text tower in `text_tower/`."""
     llava.to(torch.bfloat16).save_pretrained(directory, max_shard_size=SHARD_SIZE)

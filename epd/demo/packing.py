@@ -153,7 +153,8 @@ class TokenTables:
         spelled = self.chars[scenes.word].gather(
             1, (at - 1).clamp(0, MAX_CHARS - 1).expand(len(scenes.word), -1)
         )
-        tokens = torch.where(at <= length, spelled, torch.where(at == length + 1, self.eos, self.pad))
+        after = torch.where(at == length + 1, self.eos, self.pad)
+        tokens = torch.where(at <= length, spelled, after)
         tokens[:, 0] = self.word_start
         return tokens, scenes.word_length + 2
 

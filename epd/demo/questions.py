@@ -1,9 +1,9 @@
 """Draws questions about scenes, with answers computed from what was drawn, as tensors.
 
-Shapes: `R` rows of `I` images each, `K` questions a row, `O` object slots. A question may be *about*
-some objects (and the word, the last entry): what the text tower should light up, and what token
-dropping may not hide. Ambiguous questions are never drawn: uniqueness and clear margins decide
-what is valid, and types are drawn among the valid ones by weight.
+Shapes: `R` rows of `I` images each, `K` questions a row, `O` object slots. A question may be
+*about* some objects (and the word, the last entry): what the text tower should light up, and what
+token dropping may not hide. Ambiguous questions are never drawn: uniqueness and clear margins
+decide what is valid, and types are drawn among the valid ones by weight.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class Questions:
 
 
 class QuestionDrawer:
-    """Draws questions for the rows of one scene batch; `num_images` consecutive scenes are a row."""
+    """Draws questions about one scene batch; `num_images` consecutive scenes are a row."""
 
     def __init__(
         self, scenes: SceneBatch, num_images: int, num_slots: int, generator: torch.Generator
@@ -68,14 +68,9 @@ class QuestionDrawer:
         self.generator, self.num_images, self.num_slots = generator, num_images, num_slots
         self.device = scenes.shape.device
         self.num_rows = scenes.shape.shape[0] // num_images
-        self.scenes = SceneBatch(
-            *(
-                getattr(scenes, field.name).unflatten(0, (self.num_rows, num_images))
-                for field in fields(scenes)
-            )
-        )
+        self.scenes = scenes.grouped(num_images)
         members = scenes.property_members()
-        self.members = members.unflatten(0, (self.num_rows, num_images))  # [R, I, P, O]
+        self.members = members.view(self.num_rows, num_images, *members.shape[1:])  # [R, I, P, O]
         self.counts = self.members.sum(-1)  # [R, I, P]
         self.has_word = scenes.has_word().view(self.num_rows, num_images)
 
@@ -85,7 +80,7 @@ class QuestionDrawer:
         return uniform(self.generator, self.num_rows, self.num_slots) < share
 
     def _choose(self, weights: Tensor) -> tuple[Tensor, Tensor]:
-        """An index `[R, K]` drawn by weight, and whether anything had weight. `[R, N]` or `[R, K, N]`."""
+        """An index `[R, K]` drawn by weight (`[R, N]` or `[R, K, N]`), and whether any had one."""
         if weights.ndim == 2:
             weights = weights[:, None].expand(-1, self.num_slots, -1)
         index = choose(weights.float(), self.generator)
@@ -166,8 +161,8 @@ class QuestionDrawer:
         near = torch.ones_like(counts, dtype=torch.float)
         near[:, :NUM_PAIRS] += 3.0 * (color_seen & shape_seen)  # absent, yet both halves are there
         yes = self._coin(0.5)
-        absent = (counts == 0) * near
-        index, ok = self._choose(torch.where(yes[..., None], (counts > 0)[:, None], absent[:, None]))
+        present, absent = (counts > 0)[:, None], ((counts == 0) * near)[:, None]
+        index, ok = self._choose(torch.where(yes[..., None], present, absent))
         about = self._about_property(index)
         return self._draft(index, torch.where(yes, YES, NO), ok, members=about)
 

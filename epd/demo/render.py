@@ -82,7 +82,7 @@ def _clutter(picture: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def _line_cover(batch: int, generator: torch.Generator) -> Tensor:
-    """How much of each pixel each line covers, `[B, NUM_LINES, 224, 224]`: distance to a segment."""
+    """How much of each pixel each line covers, `[B, NUM_LINES, 224, 224]`."""
     ticks = (torch.arange(SIDE, device=generator.device) + 0.5) / SIDE
     ends = uniform(generator, batch, NUM_LINES, 4, 1, 1) * 1.2 - 0.1
     x0, y0, x1, y1 = ends.unbind(2)
@@ -124,8 +124,8 @@ def _paint_objects(picture: Tensor, scenes: SceneBatch, generator: torch.Generat
 def shape_distance(x: Tensor, y: Tensor, shape: Tensor) -> Tensor:
     """Signed distance to the unit outline of each object's shape (negative inside).
 
-    `x`, `y` are `[..., H, W]` in units of the radius, `shape` is `[...]`. Exact for circle and ring,
-    a lower bound near the corners of the others, which only softens their anti-aliasing.
+    `x`, `y` are `[..., H, W]` in units of the radius, `shape` is `[...]`. Exact for circle and
+    ring, a lower bound near the corners of the others, which only softens their anti-aliasing.
     """
     outlines: tuple[Callable[[Tensor, Tensor], Tensor], ...] = (
         lambda a, b: torch.hypot(a, b) - 0.95,
@@ -143,7 +143,7 @@ def shape_distance(x: Tensor, y: Tensor, shape: Tensor) -> Tensor:
 
 
 def _triangle(x: Tensor, y: Tensor) -> Tensor:
-    """Apex at (0, -1), base at y = 0.7: the larger of the base's and the slanted side's distance."""
+    """Apex at (0, -1), base at y = 0.7: the larger distance of base and slanted side."""
     half_base, height = 0.95, 1.7
     side = (x.abs() * height - (y + 1) * half_base) / math.hypot(height, half_base)
     return torch.maximum(y - 0.70, side)

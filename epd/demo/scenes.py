@@ -54,6 +54,11 @@ class SceneBatch:
         """The scenes at `index`."""
         return SceneBatch(*(getattr(self, field.name)[index] for field in fields(self)))
 
+    def grouped(self, size: int) -> SceneBatch:
+        """The same scenes with a leading dimension for every `size` of them."""
+        values = (getattr(self, field.name) for field in fields(self))
+        return SceneBatch(*(value.view(-1, size, *value.shape[1:]) for value in values))
+
     def has_word(self) -> Tensor:
         """bool `[B]`."""
         return self.word_length > 0
@@ -85,7 +90,8 @@ class SceneBatch:
             if self.present[row, slot]
         )
         word = "".join(CHARS[int(char)] for char in self.word[row, : int(self.word_length[row])])
-        return Scene(objects, word, float(self.word_center[row, 0]), float(self.word_center[row, 1]))
+        word_x, word_y = (float(value) for value in self.word_center[row])
+        return Scene(objects, word, word_x, word_y)
 
 
 def uniform(generator: torch.Generator, *shape: int) -> Tensor:
@@ -99,7 +105,9 @@ def integers(generator: torch.Generator, high: int, *shape: int) -> Tensor:
 
 
 @cache
-def constant(values: tuple[float, ...] | tuple[tuple[float, ...], ...], device: torch.device) -> Tensor:
+def constant(
+    values: tuple[float, ...] | tuple[tuple[float, ...], ...], device: torch.device
+) -> Tensor:
     """The values as a tensor that stays on the device: copying them each time would stall a GPU."""
     return torch.tensor(values, device=device)
 
@@ -120,7 +128,8 @@ def draw_scenes(batch: int, generator: torch.Generator, *, num_fonts: int = 12) 
     size = integers(generator, len(RADII), batch, MAX_OBJECTS)
     # crowded scenes use the two smaller sizes, or the objects would not fit
     size = torch.where((wanted > CROWDED)[:, None] & (size == 2), 0, size)
-    radius = constant(RADII, generator.device)[size] * (0.93 + 0.14 * uniform(generator, batch, MAX_OBJECTS))
+    jitter = 0.93 + 0.14 * uniform(generator, batch, MAX_OBJECTS)
+    radius = constant(RADII, generator.device)[size] * jitter
     length = MIN_CHARS + integers(generator, MAX_CHARS - MIN_CHARS + 1, batch)
     length = length * (uniform(generator, batch) < WORD_SHARE)
     half = torch.stack([length * CHAR_WIDTH / 2, torch.full_like(radius[:, 0], CHAR_HEIGHT / 2)], 1)
@@ -159,7 +168,7 @@ def _place(
     has_word: Tensor,
     generator: torch.Generator,
 ) -> tuple[Tensor, Tensor]:
-    """Centres `[B, O, 2]` and presence `[B, O]`: the first of 24 candidates that is free, if any."""
+    """Centres `[B, O, 2]` and presence `[B, O]`: the first free one of 24 candidates, if any."""
     batch = radius.shape[0]
     rows = torch.arange(batch, device=radius.device)
     center = torch.full((batch, MAX_OBJECTS, 2), -9.0, device=radius.device)

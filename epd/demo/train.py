@@ -3,8 +3,8 @@
     python -m epd.demo.train --out DIR
 
 takes 14 minutes on an H200 and is resumable: interrupted, the same command goes on from the state
-it saved within the last two minutes. The learning rate follows the seconds spent, so a slower machine
-ends as smoothly, only with fewer steps.
+it saved within the last two minutes. The learning rate follows the seconds spent, so a slower
+machine ends as smoothly, only with fewer steps.
 """
 
 from __future__ import annotations
@@ -78,9 +78,9 @@ class Trainer:
         self.glyphs = load_glyphs(self.device)
         self.llava = build_llava(self.size, len(self.tokenizer))
         self.text_tower = build_text_tower(self.size, len(self.tokenizer))
-        self.learner = Learner(
-            self.llava, self.text_tower, size=self.size, tables=self.tables
-        ).to(self.device)
+        self.learner = Learner(self.llava, self.text_tower, size=self.size, tables=self.tables).to(
+            self.device
+        )
         self.parameters = dict(self.learner.named_parameters())
         self.optimizer = self._optimizer()
         self.generator = torch.Generator(device=self.device)
@@ -195,7 +195,8 @@ class Trainer:
         progress = {"step": str(self.step), "spent": str(self.spent)}
         part = self.state_path.with_suffix(".part")
         self.plan.out.mkdir(parents=True, exist_ok=True)
-        save_file({name: value.cpu().contiguous() for name, value in tensors.items()}, part, progress)
+        on_cpu = {name: value.cpu().contiguous() for name, value in tensors.items()}
+        save_file(on_cpu, part, progress)
         part.replace(self.state_path)
 
     def load_state(self) -> None:
@@ -258,9 +259,8 @@ def main() -> None:
     parser.add_argument("--log-every", type=int, default=250)
     given = parser.parse_args()
     default = Mix()
-    mix = Mix(
-        *(max(1, round(rows * given.scale)) for rows in (default.single_rows, default.pair_rows, default.triple_rows))
-    )
+    rows = (default.single_rows, default.pair_rows, default.triple_rows)
+    mix = Mix(*(max(1, round(number * given.scale)) for number in rows))
     plan = Plan(
         given.out,
         given.seconds,

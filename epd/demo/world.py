@@ -1,4 +1,4 @@
-"""The vocabulary of the demo world: shapes, colours, sizes, characters, and one scene in plain Python.
+"""The vocabulary of the demo world: shapes, colours, sizes, characters; scenes in plain Python.
 
 Free of torch. Lengths are fractions of the image side; x runs right and y runs down from the top
 left corner. A *property* is something an object can be asked for: a colour and a shape (0..47), a

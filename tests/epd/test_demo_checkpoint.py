@@ -47,9 +47,7 @@ def test_the_index_names_every_tensor_of_every_shard() -> None:
 
 
 def test_plain_transformers_loads_it_without_missing_or_unexpected_weights() -> None:
-    _, report = LlavaForConditionalGeneration.from_pretrained(
-        CHECKPOINT, output_loading_info=True
-    )
+    _, report = LlavaForConditionalGeneration.from_pretrained(CHECKPOINT, output_loading_info=True)
     assert not report["missing_keys"] and not report["unexpected_keys"]
 
 

@@ -85,7 +85,7 @@ def derive(example: Example) -> str:
         return "yes" if all(matching(other, fill["a"]) for other in scenes) else "no"
     assert kind == "caption"
     ordered = sorted(scene.objects, key=lambda item: item.x)
-    words = [f"{'an' if item.color == 'orange' else 'a'} {item.color} {item.shape}" for item in ordered]
+    words = [f"a {item.color} {item.shape}".replace("a orange", "an orange") for item in ordered]
     words += [f"the text {scene.word}"] if scene.word else []
     return (", ".join(words[:-1]) + " and " + words[-1] if words[1:] else words[0]) + "."
 

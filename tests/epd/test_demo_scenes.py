@@ -137,9 +137,7 @@ def test_property_members_agree_with_the_nouns() -> None:
             matches = [
                 item
                 for item in scene.objects
-                if all(
-                    word in (item.color, item.shape) or word == "object" for word in words
-                )
+                if all(word in (item.color, item.shape) or word == "object" for word in words)
             ]
             assert int(counts[row, index]) == len(matches)
     assert len(SHAPES) * len(COLORS) + len(SHAPES) + len(COLORS) == NUM_PROPERTIES
