@@ -22,7 +22,14 @@ import zmq.asyncio
 from epd.errors import ConfigError, EPDError
 from epd.wire import Frame, WireLimits
 
-__all__ = ["InMemoryTransport", "Transport", "TransportFullError", "ZmqTransport", "check_bind"]
+__all__ = [
+    "InMemoryTransport",
+    "Transport",
+    "TransportFullError",
+    "ZmqTransport",
+    "check_bind",
+    "reachable",
+]
 
 _HIGH_WATER = 8192
 
@@ -61,6 +68,14 @@ def check_bind(address: str, keyed: bool) -> None:
             f"refusing to bind {address[:64]} without a key: set EPD_WIRE_KEY_FILE to a file of "
             "16 to 64 random bytes, or use an ipc:// path in a private directory"
         )
+
+
+def reachable(address: str, host: str) -> str:
+    """The bound `address` as others can use it: one on every interface becomes one on `host`."""
+    parts = urlsplit(address)
+    if parts.scheme == "tcp" and parts.hostname in ("0.0.0.0", "::", "*"):
+        return f"tcp://{host}:{parts.port}"
+    return address
 
 
 def _check_private(directory: Path) -> None:

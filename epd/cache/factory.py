@@ -110,9 +110,9 @@ def _password(parts: SplitResult, options: dict[str, str]) -> str | None:
     try:
         password = Path(path).read_text().strip()
     except (OSError, ValueError):
-        raise ConfigError("the password file of the token cache cannot be read") from None
+        raise ConfigError(f"the token cache's password file {path} cannot be read") from None
     if not password:
-        raise ConfigError("the password file of the token cache is empty")
+        raise ConfigError(f"the token cache's password file {path} is empty")
     return password
 
 

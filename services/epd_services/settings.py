@@ -4,6 +4,7 @@ default.
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import tomllib
 from pathlib import Path
@@ -39,6 +40,9 @@ class Settings(GatewaySettings):
     topology: str = Field("1E1P1D", description="workers by stages, like 2E1P1D, 1E1PD or 1EPD")
     host: str = "127.0.0.1"
     port: int = Field(8000, ge=1, le=65535)
+    allow_open_http: bool = Field(
+        False, description="serve without API keys on an address that other machines reach"
+    )
 
     run_dir: Path | None = Field(
         None, description="sockets and logs; None: a private temporary one"
@@ -53,6 +57,9 @@ class Settings(GatewaySettings):
     )
     dead_after: float = Field(1.25, gt=0, description="seconds of silence that mean death")
     drain_seconds: float = Field(20.0, ge=0)
+    health_file: Path | None = Field(
+        None, description="a worker touches it every second while it is alive"
+    )
     max_inflight: int = Field(256, ge=1, description="requests in the ledger; more get 429")
 
     cache_url: str | None = Field(
@@ -93,16 +100,39 @@ class Settings(GatewaySettings):
         try:
             key = self.wire_key_file.read_bytes().strip()
         except OSError as error:
-            raise ConfigError(f"cannot read the wire key: {error.strerror}") from None
+            raise ConfigError(
+                f"cannot read the wire key file {self.wire_key_file}: {error.strerror}"
+            ) from None
         if not 16 <= len(key) <= 64:
-            raise ConfigError("the wire key file must hold 16 to 64 bytes")
+            raise ConfigError(f"the wire key file {self.wire_key_file} must hold 16 to 64 bytes")
         return key
+
+    @property
+    def http_is_open(self) -> bool:
+        """Whether other machines reach the HTTP port and no API key is asked of them."""
+        return self.api_key_file is None and not _is_loopback(self.host)
+
+    def check_http(self) -> None:
+        """Raise `ConfigError` if the HTTP port would be open and that was not allowed."""
+        if self.http_is_open and not self.allow_open_http:
+            raise ConfigError(
+                f"Cannot listen on {self.host or 'every address'} without API keys.\n"
+                "Everybody who reaches that address could use the service.\n"
+                "Set EPD_API_KEY_FILE to a file of keys, or EPD_ALLOW_OPEN_HTTP=1 to allow it."
+            )
 
     def environment(self) -> dict[str, str]:
         """The variables that give a child process these same settings."""
         values = self.model_dump(mode="json", exclude_defaults=True)
         texts = {k: v if isinstance(v, str) else _json_text(v) for k, v in values.items()}
         return {f"EPD_{name.upper()}": text for name, text in texts.items()}
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def _json_text(value: Any) -> str:

@@ -6,7 +6,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import time
+from pathlib import Path
 
 import structlog
 import torch
@@ -20,7 +22,7 @@ from epd.models.decoder import Decoder
 from epd.node import Identity, Node
 from epd.roles import Stage, StageSet, format_stages
 from epd.tensors import dtype_name, torch_dtype
-from epd.transport import ZmqTransport
+from epd.transport import ZmqTransport, reachable
 from epd.wire import Codec
 from epd.worker import ServedModel, Worker
 from epd_services.logs import configure_logs
@@ -104,17 +106,27 @@ async def _serve(settings: Settings, name: str, stages: StageSet) -> int:
         core=core,
         clock=time.monotonic,
         device=device,
-        address=settings.advertise,
+        address=settings.advertise or reachable(transport.address, os.uname().nodename),
     )
     _log.info("ready", stages=format_stages(stages), resident_bytes=served.resident_bytes)
     serving = asyncio.create_task(worker.run())
+    sign = asyncio.create_task(_show_life(settings.health_file))
     if await ended_before_stop(serving):
         _log.error("a stage broke", error=repr(serving.exception())[:200])
         return 1
     await worker.drain(settings.drain_seconds)
-    serving.cancel()
-    with contextlib.suppress(asyncio.CancelledError):
-        await serving
+    for task in (serving, sign):
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
     await cache.close()
     transport.close()
     return 0
+
+
+async def _show_life(file: Path | None) -> None:
+    """Touch `file` every second, from the event loop that the heartbeats come from."""
+    while file is not None:
+        with contextlib.suppress(OSError):
+            file.touch()
+        await asyncio.sleep(1.0)

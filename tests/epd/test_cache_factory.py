@@ -70,7 +70,7 @@ def test_another_host_needs_a_password(url: str) -> None:
         "redis://:s3cret@cache.example?db=-1",
         "unix://",
         "unix://relative/socket",
-        "redis://cache.example?password_file=/nonexistent/s3cret",
+        "redis://cache.example?password_file=/nonexistent/file&user=s3cret",
     ],
 )
 def test_bad_urls_are_refused_without_an_echo(url: str) -> None:

@@ -93,10 +93,12 @@ def test_a_worker_that_cannot_start_ends_the_start(tmp_path: Path) -> None:
     assert (tmp_path / "epd-0.log").is_file()
 
 
-def test_a_server_on_all_interfaces_without_keys_is_warned_of(
+def test_a_server_on_all_interfaces_needs_keys_or_a_permission(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    serve_module.preflight(settings_in(tmp_path, host="0.0.0.0"))
+    with pytest.raises(ConfigError, match="without API keys"):
+        serve_module.preflight(settings_in(tmp_path, host="0.0.0.0"))
+    serve_module.preflight(settings_in(tmp_path, host="0.0.0.0", allow_open_http=True))
     assert "anybody" in capsys.readouterr().err
     serve_module.preflight(settings_in(tmp_path))
     assert capsys.readouterr().err == ""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ipaddress
 import json
 import os
 import shlex
@@ -21,7 +20,7 @@ from epd.roles import format_topology, parse_topology
 from epd_services.cli.terminal import note, usage_error
 from epd_services.client import chat_body
 from epd_services.logs import configure_logs
-from epd_services.stack import Stack, first_api_key, port_problem
+from epd_services.stack import Stack, port_problem
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -47,6 +46,7 @@ def preflight(settings: Settings) -> ModelCard:
             f"Cannot serve with the topology {settings.topology[:32]!r}.", str(error),
             "epd serve --topology 1E1P1D",
         ) from None  # fmt: skip
+    settings.check_http()
     if why := port_problem(settings.host, settings.port):
         raise usage_error(
             f"Cannot listen on {settings.host} port {settings.port}.", f"{why}.",
@@ -54,7 +54,7 @@ def preflight(settings: Settings) -> ModelCard:
         )  # fmt: skip
     card = ModelCard.load(settings.model or CHECKPOINT)
     asyncio.run(_check_cache(settings.cache_url))
-    if first_api_key(settings.api_key_file) is None and not _is_loopback(settings.host):
+    if settings.http_is_open:
         note(f"warning: anybody who reaches {settings.host} may use this; see --api-key-file")
     return card
 
@@ -63,13 +63,6 @@ def _other_port(settings: Settings) -> int:
     start = max(settings.port, 1024)
     ports = range(start + 1, min(start + 50, 65536))
     return next((p for p in ports if port_problem(settings.host, p) is None), 8000)
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 async def _check_cache(url: str | None) -> None:

@@ -36,6 +36,7 @@ _log = structlog.get_logger("epd.gateway")
 def run_gateway(settings: Settings) -> int:
     """Serve until SIGTERM; the exit code: 0 after a drain, 1 when the server broke."""
     configure_logs(settings.log_level, settings.log_format, worker=GATEWAY)
+    settings.check_http()
     if settings.bind is None:
         raise ConfigError("the gateway needs EPD_BIND, the address of its wire inbox")
     return asyncio.run(_serve(settings))
