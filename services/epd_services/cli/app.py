@@ -227,6 +227,62 @@ def bench(
     ))  # fmt: skip
 
 
+@app.command("eval")
+def evaluate(
+    model: Annotated[
+        str | None, typer.Argument(help="Directory or hub id; none: the built-in model.")
+    ] = None,
+    bench: Annotated[
+        str, typer.Option(help="scenes, or a directory with questions.jsonl and images.")
+    ] = "scenes",
+    methods: Annotated[
+        str, typer.Option(help="Comma-separated, like script[tau=0.5]+fastv; all: every one.")
+    ] = "all",
+    budgets: Annotated[str, typer.Option(help="Shares of the vision tokens.")] = "0.25,0.11,0.056",
+    questions: Annotated[int, typer.Option(min=1, max=100000)] = 1020,
+    seed: Annotated[int, typer.Option(min=0, max=2047, help="Which held-out set.")] = 1,
+    device: Device = None,
+    dtype: Dtype = None,
+    batch: Annotated[
+        int | None, typer.Option(min=1, max=4096, help="Questions in flight; none: by device.")
+    ] = None,
+    csv: Annotated[Path | None, typer.Option(help="Write the rows here.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw accuracy over budget (PNG).")] = None,
+    resume: Annotated[
+        Path | None, typer.Option(help="Journal of finished cells; taken up if it exists.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Prune by every method at every budget and compare the answers with the dense run's."""
+    asked = _lazy("evaluation.command", "Evaluation")(
+        model=model, bench=bench, methods=methods, budgets=budgets, questions=questions, seed=seed,
+        device=device or "auto", dtype=dtype or "auto", batch=batch, csv=csv, plot=plot,
+        resume=resume, as_json=as_json,
+    )  # fmt: skip
+    _exit(_lazy("evaluation.command", "evaluate")(asked))
+
+
+@app.command()
+def calibrate(
+    model: Annotated[
+        str | None, typer.Argument(help="Directory or hub id; none: the built-in model.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Where the schedule is written.")] = Path(
+        "pruning_schedule.json"
+    ),
+    samples: Annotated[int, typer.Option(min=1, max=100000, help="Scenes to look at.")] = 340,
+    seed: Annotated[int, typer.Option(min=0, max=2047, help="Which held-out set.")] = 1001,
+    average: Annotated[
+        float, typer.Option(min=0.0, max=1.0, help="Share of the tokens a layer processes.")
+    ] = 0.25,
+    device: Device = None,
+) -> None:
+    """Find the layers after which AdaptInfer prunes this model, and write a schedule file."""
+    _exit(_lazy("evaluation.calibrate", "calibrate")(
+        model, out=out, samples=samples, seed=seed, average=average, device=device
+    ))  # fmt: skip
+
+
 def main() -> None:
     """Run the command line; what nobody foresaw ends in one line and exit code 1."""
     try:

@@ -1,0 +1,1 @@
+"""What pruning costs in answers and what it saves: `epd eval` and `epd calibrate`."""
