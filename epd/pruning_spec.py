@@ -20,6 +20,15 @@ __all__ = ["PruningSpec", "count_of"]
 
 _MOST = 1 << 20
 _PARAM_BYTES = 4096
+_BUDGET = "a count of 1 or more, or a share in (0, 1]"
+_RANGES = {
+    "method": "the name of a method",
+    "keep": _BUDGET,
+    "layer_keep": _BUDGET,
+    "params": "an object of the method's parameters",
+    "positions": "one of keep, renumber, keep+calibrate",
+    "turns": "one of reselect, sticky",
+}
 
 
 class PruningSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -45,8 +54,11 @@ class PruningSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     def parse(cls, value: object) -> PruningSpec:
         """The checked spec that JSON or TOML data describes; a spec is checked as it is.
 
-        Raises `InvalidRequestError` naming the field at fault, and echoes nothing of the value.
+        Method "none" needs no budget. Raises `InvalidRequestError` naming the field at fault and
+        what is allowed, echoing nothing of the value.
         """
+        if isinstance(value, dict) and value.get("method") == "none":
+            value = {"keep": 1.0} | value
         try:
             spec = value if isinstance(value, cls) else msgspec.convert(value, cls)
         except msgspec.ValidationError as error:
@@ -87,7 +99,8 @@ class PruningSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         _check_budget(self.keep, "pruning.keep")
         if (self.layer_keep is not None) != (token is not None and layer is not None):
             raise InvalidRequestError(
-                "layer_keep is needed exactly when method joins two", "pruning.layer_keep"
+                f"layer_keep must be {_BUDGET}, where method joins two, and left out otherwise",
+                "pruning.layer_keep",
             )
         if self.layer_keep is not None:
             _check_budget(self.layer_keep, "pruning.layer_keep")
@@ -133,14 +146,15 @@ def count_of(keep: int | float, num_tokens: int) -> int:
 
 
 def _refusal(error: msgspec.ValidationError) -> InvalidRequestError:
-    # the message of an unknown field quotes it; a type error quotes only our own annotations
-    fields = ", ".join(PruningSpec.__struct_fields__)
-    path = re.search(r"\$\.([a-z_]+)", str(error))
-    if path is None or "unknown field" in str(error):
+    """A message of our own words: msgspec quotes unknown names and wrong values."""
+    text = str(error)
+    missing = re.fullmatch(r"Object missing required field `([a-z_]+)`", text)
+    path = missing or re.search(r"at `\$\.([a-z_]+)", text)
+    name = path.group(1) if path else ""
+    if name not in _RANGES:
+        fields = ", ".join(PruningSpec.__struct_fields__)
         return InvalidRequestError(f"pruning takes an object of {fields}", "pruning")
-    name = path.group(1)
-    text = str(error).partition(" - at")[0]
-    return InvalidRequestError(f"{name}: {text}", f"pruning.{name}")
+    return InvalidRequestError(f"{name} must be {_RANGES[name]}", f"pruning.{name}")
 
 
 def _check_params(params: dict[str, Any]) -> None:
@@ -167,6 +181,4 @@ def _finite(value: object) -> bool:
 def _check_budget(value: int | float, field: str) -> None:
     whole = isinstance(value, int)
     if not (1 <= value <= _MOST if whole else 0.0 < value <= 1.0):
-        raise InvalidRequestError(
-            f"{field.rpartition('.')[2]} must be a count of 1 or more, or a share in (0, 1]", field
-        )
+        raise InvalidRequestError(f"{field.rpartition('.')[2]} must be {_BUDGET}", field)

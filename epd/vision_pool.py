@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from epd.models.query import QueryEncoder
 
-__all__ = ["ImageEncoder", "TokenSelector", "make_pools", "pruned"]
+__all__ = ["ImageEncoder", "TokenSelector", "check_pruning", "make_pools", "pruned"]
 
 _PLACES = 3
 
@@ -40,6 +40,22 @@ class ImageEncoder(Protocol):
         self, images: Sequence[np.ndarray[Any, np.dtype[np.uint8]]], needs: frozenset[str]
     ) -> list[VisionInputs]:
         """One per image, with the optional tensors that `needs` names."""
+
+    def check_needs(self, needs: frozenset[str]) -> None:
+        """Raise `InvalidRequestError` for what the encoder cannot give."""
+
+
+def check_pruning(
+    spec: PruningSpec, encoder: ImageEncoder | None, queries: QueryEncoder | None
+) -> None:
+    """Raise `InvalidRequestError` if a worker with these cannot do what `spec` asks."""
+    pruner = spec.pruner()
+    if pruner is None:
+        return
+    if encoder is not None:
+        encoder.check_needs(pruner.image_needs | pruner.query_needs)
+    if queries is not None and (kind := getattr(pruner, "query_encoder", None)) is not None:
+        queries.encode(kind, "")
 
 
 def make_pools(

@@ -116,7 +116,7 @@ class VisionEncoder:
         All of them belong to the encoder layer that the projector reads. Raises
         `InvalidRequestError` for what this checkpoint cannot give.
         """
-        self._check_needs(needs)
+        self.check_needs(needs)
         out: list[VisionInputs] = []
         for start in range(0, len(images), batch_size):
             pixels = self.pixels(images[start : start + batch_size])
@@ -152,7 +152,8 @@ class VisionEncoder:
             for i in range(len(pixels))
         ]
 
-    def _check_needs(self, needs: frozenset[str]) -> None:
+    def check_needs(self, needs: frozenset[str]) -> None:
+        """Raise `InvalidRequestError` if this checkpoint cannot give all that `needs` names."""
         if "aligned" in needs and self._alignment is None:
             raise InvalidRequestError(
                 "this method compares tokens with the question in the space of a CLIP text tower, "

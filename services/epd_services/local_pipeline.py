@@ -22,11 +22,14 @@ from epd.core import EngineCore
 from epd.membership import Membership
 from epd.models.card import ModelCard
 from epd.models.decoder import Decoder
+from epd.models.query import QueryEncoder
 from epd.models.vision import VisionEncoder
 from epd.node import GATEWAY, Identity, Node
+from epd.pruning_policy import PruningPolicy
 from epd.request import FinishReason, TokenOutput
 from epd.roles import Stage, format_stages, parse_topology
 from epd.transport import InMemoryTransport
+from epd.vision_pool import TokenSelector
 from epd.wire import Codec, Frame
 from epd.worker import ServedModel, Worker
 from epd_services.gateway.dispatch_api import Submission, TokensEvent
@@ -49,6 +52,7 @@ class LocalPipeline:
         config: EngineConfig | None = None,
         cache: TokenCache | None = None,
         limits: DispatchLimits | None = None,
+        pruning: PruningPolicy | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.card = ModelCard.load(model)
@@ -62,12 +66,14 @@ class LocalPipeline:
         self._lives = itertools.count(1)
         self._encoder = VisionEncoder.load(self.card, "cpu", torch.float32)
         self._decoder = Decoder.load(self.card, "cpu", torch.float32)
+        self._selector = TokenSelector(QueryEncoder(self.card, self._decoder))
         self.dispatcher = PipelineDispatcher(
             self._node(GATEWAY, ""),
             Membership(self.card.revision, clock),
             self._cache,
             clock=clock,
             limits=limits,
+            pruning=pruning,
         )
 
     def _node(self, name: str, stages: str) -> Node:
@@ -94,6 +100,7 @@ class LocalPipeline:
             encoder=self._encoder if Stage.ENCODE.value in letters else None,
             core=self._core() if set(letters) & {"P", "D"} else None,
             clock=self._clock,
+            selector=self._selector,
             heartbeat=0.05,
         )
         self.workers[name] = worker

@@ -8,21 +8,24 @@ import asyncio
 import contextlib
 import os
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import structlog
 import torch
-from epd.models.vision import VisionEncoder
 
 from epd.cache.factory import open_cache
 from epd.core import EngineCore
-from epd.errors import ConfigError
+from epd.errors import ConfigError, InvalidRequestError
 from epd.models.card import ModelCard
 from epd.models.decoder import Decoder
+from epd.models.query import QueryEncoder
+from epd.models.vision import VisionEncoder
 from epd.node import Identity, Node
 from epd.roles import Stage, StageSet, format_stages
 from epd.tensors import dtype_name, torch_dtype
 from epd.transport import ZmqTransport, reachable
+from epd.vision_pool import TokenSelector, check_pruning
 from epd.wire import Codec
 from epd.worker import ServedModel, Worker
 from epd_services.logs import configure_logs
@@ -44,15 +47,24 @@ def run_worker(settings: Settings, name: str, stages: StageSet) -> int:
     return asyncio.run(_serve(settings, name, stages))
 
 
-def _load(
-    settings: Settings, stages: StageSet
-) -> tuple[ServedModel, VisionEncoder | None, EngineCore | None, str]:
+@dataclass(frozen=True, slots=True)
+class _Loaded:
+    """What the stages of a worker need, as far as they need it."""
+
+    served: ServedModel
+    device: str
+    encoder: VisionEncoder | None
+    core: EngineCore | None
+    selector: TokenSelector | None
+
+
+def _load(settings: Settings, stages: StageSet) -> _Loaded:
     from epd.demo import CHECKPOINT
 
     card = ModelCard.load(settings.model or CHECKPOINT)
     device = resolve_device(settings.device)
     dtype = resolve_dtype(settings.dtype, device)
-    encoder = core = None
+    encoder = core = queries = None
     resident = 0
     if Stage.ENCODE in stages:
         encoder = VisionEncoder.load(card, device, dtype)
@@ -61,10 +73,20 @@ def _load(
         decoder = Decoder.load(card, device, dtype)
         resident += sum(p.nbytes for p in decoder.parameters())
         core = EngineCore(decoder, card, config=settings.engine(), device=device)
+        if Stage.PREFILL in stages:
+            queries = QueryEncoder(card, decoder)
+            resident += queries.resident_bytes()
+    default = settings.pruning_policy(card).default
+    if default is not None:
+        try:
+            check_pruning(default, encoder, queries)
+        except InvalidRequestError as error:
+            raise ConfigError(f"the default pruning cannot be served: {error}") from None
     served = ServedModel(
         card.revision, card.encoder_revision, dtype_name(dtype), card.image_token_id, resident
     )
-    return served, encoder, core, device
+    selector = TokenSelector(queries) if queries is not None else None
+    return _Loaded(served, device, encoder, core, selector)
 
 
 def resolve_device(name: str) -> str:
@@ -88,7 +110,7 @@ def resolve_dtype(name: str, device: str) -> torch.dtype:
 async def _serve(settings: Settings, name: str, stages: StageSet) -> int:
     assert settings.bind is not None and settings.gateway_address is not None
     key = settings.wire_key()
-    served, encoder, core, device = _load(settings, stages)
+    loaded = _load(settings, stages)
     transport = ZmqTransport(settings.bind, keyed=key is not None)
     identity = Identity(name, time.time_ns(), format_stages(stages))
     cache = open_cache(
@@ -99,16 +121,17 @@ async def _serve(settings: Settings, name: str, stages: StageSet) -> int:
     )
     worker = Worker(
         Node(identity, transport, Codec(key)),
-        served,
+        loaded.served,
         gateway=settings.gateway_address,
         cache=cache,
-        encoder=encoder,
-        core=core,
+        encoder=loaded.encoder,
+        core=loaded.core,
+        selector=loaded.selector,
         clock=time.monotonic,
-        device=device,
+        device=loaded.device,
         address=settings.advertise or reachable(transport.address, os.uname().nodename),
     )
-    _log.info("ready", stages=format_stages(stages), resident_bytes=served.resident_bytes)
+    _log.info("ready", stages=format_stages(stages), resident_bytes=loaded.served.resident_bytes)
     serving = asyncio.create_task(worker.run())
     sign = asyncio.create_task(_show_life(settings.health_file))
     if await ended_before_stop(serving):

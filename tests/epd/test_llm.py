@@ -127,10 +127,11 @@ def test_every_way_to_give_an_image_is_the_same(llm: LLM, tmp_path: Path, wanted
 
 def test_each_distinct_image_is_encoded_once_per_call(llm: LLM, monkeypatch: pytest.MonkeyPatch):
     seen: list[int] = []
-    encode = llm.vision.encode
+    encode = llm.vision.encode_inputs
     monkeypatch.setattr(
-        llm.vision, "encode", lambda images: seen.append(len(images)) or encode(images)
-    )
+        llm.vision, "encode_inputs",
+        lambda images, needs: seen.append(len(images)) or encode(images, needs),
+    )  # fmt: skip
     conversations = [[turn(image_part(), f"question {i}")] for i in range(8)]
     llm.chat(conversations, images=[[picture(i % 2)] for i in range(8)],
              sampling=SamplingParams(max_tokens=2))  # fmt: skip

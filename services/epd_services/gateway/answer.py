@@ -129,6 +129,7 @@ class Answer:
             completion_tokens=self._count,
             image_tokens=seen.image_tokens,
             cached_tokens=seen.cached_tokens,
+            image_tokens_before=seen.image_tokens_before,
         )
 
     @property
@@ -147,6 +148,7 @@ def usage_json(usage: Usage) -> dict[str, Any]:
         "prompt_tokens_details": {
             "cached_tokens": usage.cached_tokens,
             "image_tokens": usage.image_tokens,
+            "image_tokens_before": usage.image_tokens_before,
         },
     }
 

@@ -99,7 +99,8 @@ class Attempts:
         task.add_done_callback(self._tasks.discard)
 
     async def _begin(self, record: Record) -> None:
-        items = [await self._item(image, record.request.salt) for image in record.images]
+        made_by = record.pruning.fingerprint() if record.pruning is not None else "none"
+        items = [await self._item(image, record.request.salt, made_by) for image in record.images]
         request = record.request
         record.request = Request(
             request_id=request.request_id,
@@ -110,7 +111,7 @@ class Attempts:
         )
         await self._attempt(record)
 
-    async def _item(self, image: ImagePixels, salt: str) -> MMItem:
+    async def _item(self, image: ImagePixels, salt: str, made_by: str) -> MMItem:
         args = (image.width, image.height, image.rgb)
         small = len(image.rgb) <= _INLINE_HASH_BYTES
         digest = pixel_digest(*args) if small else await asyncio.to_thread(pixel_digest, *args)
@@ -120,7 +121,7 @@ class Attempts:
         key = token_cache_key(
             mm_hash=digest,
             encoder_revision=revision,
-            pruner_fingerprint="none",
+            pruner_fingerprint=made_by,
             dtype=dtype,
             salt=salt,
         )
@@ -153,6 +154,9 @@ class Attempts:
             salt=request.salt,
             consumer=record.decode,
             ttl=self._left(record),
+            pruning=record.pruning,
+            queries=record.queries,
+            budget=record.budget,
         )
         if not self._node.post(record.prefill, message):
             self._on_unreachable(record.prefill)
@@ -172,6 +176,7 @@ class Attempts:
             mm=mm,
             consumer=record.prefill,
             ttl=self._left(record),
+            pruning=record.pruning,
         )
         pixels = Blob("uint8", (image.height, image.width, 3), image.rgb)
         if not self._node.post(encoder, message, [pixels]):

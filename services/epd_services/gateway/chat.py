@@ -15,6 +15,7 @@ from tokenizers import Tokenizer
 from epd.detokenize import Detokenizer
 from epd.errors import CapacityError, DeadlineError, InvalidRequestError
 from epd.models.card import ModelCard
+from epd.queries import image_queries
 from epd_services.gateway.answer import Answer
 from epd_services.gateway.auth import combine_salts
 from epd_services.gateway.dispatch_api import Dispatcher, ImagePixels, Submission
@@ -83,6 +84,7 @@ class ChatService:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._settings = settings
+        self._pruning = settings.pruning_policy(formatter.card)
         self._dispatcher = dispatcher
         self._formatter = formatter
         self._decoder = decoder
@@ -127,6 +129,7 @@ class ChatService:
             max_tokens=self._settings.default_max_tokens,
             temperature=self._settings.default_temperature,
         )
+        pruning = self._pruning.resolve(request.pruning) if request.images else None
         ids = await self._tokenize(request)
         images = await asyncio.gather(*(self._pixels(part.url, call) for part in request.images))
         return Submission(
@@ -136,6 +139,8 @@ class ChatService:
             sampling=sampling,
             salt=combine_salts(call.salt, request.cache_salt),
             timeout_s=max(deadline - self._clock(), 0.001),
+            pruning=pruning,
+            queries=_queries(request, pruning.turns) if pruning is not None else [],
         )
 
     async def _tokenize(self, request: ChatRequest) -> list[int]:
@@ -195,6 +200,10 @@ async def _off_loop(size: int, function: Callable[[A], R], argument: A) -> R:
     if size > _THREAD_BYTES:
         return await asyncio.to_thread(function, argument)
     return function(argument)
+
+
+def _queries(request: ChatRequest, turns: str) -> list[str]:
+    return image_queries([_plain(message) for message in request.messages], turns)
 
 
 def _plain(message: Message) -> dict[str, Any]:

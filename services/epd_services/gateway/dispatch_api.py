@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from epd.pruning_spec import PruningSpec
 from epd.request import FinishReason, SamplingParams, TokenOutput, Usage
 
 __all__ = ["Dispatcher", "Generation", "ImagePixels", "Submission", "TokensEvent"]
@@ -22,7 +23,10 @@ class ImagePixels:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Submission:
-    """A tokenised request, one placeholder token per image in order. `request_id` is unique."""
+    """A tokenised request, one placeholder token per image in order. `request_id` is unique.
+
+    `pruning` drops vision tokens of its images; `queries` has the question that belongs to each.
+    """
 
     request_id: str
     prompt_token_ids: list[int]
@@ -30,6 +34,8 @@ class Submission:
     sampling: SamplingParams
     salt: str
     timeout_s: float
+    pruning: PruningSpec | None = None
+    queries: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)

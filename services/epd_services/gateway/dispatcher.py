@@ -21,6 +21,7 @@ from epd.errors import CapacityError, InvalidRequestError, UnavailableError
 from epd.membership import Change, Membership
 from epd.messages import Heartbeat, Leaving, Peers
 from epd.node import Node
+from epd.pruning_policy import PruningPolicy
 from epd.request import Request, RequestTimeline
 from epd.roles import Stage, StageSet, format_stages, format_topology
 from epd.wire import Blob, Envelope
@@ -45,8 +46,10 @@ class PipelineDispatcher:
         *,
         clock: Callable[[], float],
         limits: DispatchLimits | None = None,
+        pruning: PruningPolicy | None = None,
     ) -> None:
         self._node = node
+        self._pruning = pruning
         self._membership = membership
         self._cache = cache
         self._clock = clock
@@ -126,10 +129,23 @@ class PipelineDispatcher:
             salt=submission.salt,
         )
         record = Record(
-            request, submission.images, now + submission.timeout_s, RequestTimeline(self._clock)
+            request,
+            submission.images,
+            now + submission.timeout_s,
+            RequestTimeline(self._clock),
+            pruning=submission.pruning if submission.images else None,
+            queries=submission.queries,
+            budget=self._budget(submission),
         )
         self._attempts.start(record)
         return LedgerGeneration(record, self._attempts.cancel)
+
+    def _budget(self, submission: Submission) -> int | None:
+        """Tokens per image when the ledger is so full that the request gets fewer than asked."""
+        if submission.pruning is None or self._pruning is None:
+            return None
+        load = len(self._attempts.records) / self._limits.max_inflight
+        return self._pruning.budget(submission.pruning, load)
 
     def pipeline(self) -> dict[str, Any]:
         """Workers, queues and counters, for people and for the page."""

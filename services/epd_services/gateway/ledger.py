@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 
 from epd.errors import EPDError
+from epd.pruning_spec import PruningSpec
 from epd.request import FinishReason, Request, RequestTimeline, TokenOutput, Usage
 from epd_services.gateway.dispatch_api import ImagePixels, TokensEvent
 
@@ -17,13 +18,17 @@ __all__ = ["LedgerGeneration", "Record"]
 class Record:
     """What the gateway knows about one request.
 
-    `attempt` rises with every dispatch; `outputs` never shrinks.
+    `attempt` rises with every dispatch; `outputs` never shrinks. `budget` was set on arrival, so
+    that every attempt keeps the same vision tokens.
     """
 
     request: Request
     images: list[ImagePixels]
     deadline: float
     timeline: RequestTimeline
+    pruning: PruningSpec | None = None
+    queries: list[str] = field(default_factory=list)
+    budget: int | None = None
     events: asyncio.Queue[TokensEvent | EPDError] = field(default_factory=asyncio.Queue)
     outputs: list[TokenOutput] = field(default_factory=list)
     attempt: int = 0
@@ -65,6 +70,7 @@ class Record:
             completion_tokens=len(self.outputs),
             image_tokens=seen.image_tokens,
             cached_tokens=seen.cached_tokens,
+            image_tokens_before=seen.image_tokens_before,
         )
 
     def timings(self) -> dict[str, float]:

@@ -209,6 +209,14 @@ def _worker_gauges(workers: list[dict[str, Any]]) -> Iterator[Metric]:
         epoch.add_metric((name,), _number(worker.get("epoch")))
     yield up
     yield epoch
+    sent = CounterMetricFamily(
+        "epd_handoff_bytes", "Bytes of vision tokens and KV sent to peers.", labels=("worker",)
+    )
+    for worker in workers:
+        if "handoff_bytes" in worker:
+            sent.add_metric((str(worker.get("name", ""))[:128],), _number(worker["handoff_bytes"]))
+    if sent.samples:
+        yield sent
 
 
 def _number(value: object) -> float:

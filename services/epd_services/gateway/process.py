@@ -56,6 +56,7 @@ async def _serve(settings: Settings) -> int:
         open_cache(settings.cache_url, ttl=settings.cache_ttl) if shared else None,
         clock=time.monotonic,
         limits=DispatchLimits(max_inflight=settings.max_inflight, drain=settings.drain_seconds),
+        pruning=settings.pruning_policy(card),
     )
     app = create_app(settings, dispatcher, ChatFormatter(card))
     graceful = int(settings.drain_seconds) + 1

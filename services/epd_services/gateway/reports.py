@@ -75,7 +75,8 @@ class Reports:
         record.failures += 1
         retryable = message.code in _RETRYABLE_ENCODE
         if not retryable or record.failures >= self._max_failures:
-            self._attempts.end(record, error_from_code(message.code, message.message))
+            error = error_from_code(message.code, message.message, message.param)
+            self._attempts.end(record, error)
         else:
             self._attempts.encode_again(record, [message.item])
 
@@ -96,6 +97,7 @@ class Reports:
                 prompt_tokens=message.prompt_tokens,
                 completion_tokens=0,
                 image_tokens=message.image_tokens,
+                image_tokens_before=message.image_tokens_before,
                 cached_tokens=message.cached_tokens,
             )
 
@@ -128,4 +130,5 @@ class Reports:
             if message.retryable:
                 self._attempts.retry(record, failed=True)
             else:
-                self._attempts.end(record, error_from_code(message.code, message.message))
+                error = error_from_code(message.code, message.message, message.param)
+                self._attempts.end(record, error)

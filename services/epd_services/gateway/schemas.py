@@ -111,6 +111,7 @@ class ChatRequest(BaseModel):
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     n: Annotated[int, Field(ge=1, le=1)] | None = None
     timeout: Annotated[float, Field(gt=0, le=86400)] | None = None
+    pruning: dict[str, Any] | None = None
     cache_salt: Annotated[str, Field(max_length=256)] | None = None
     user: Annotated[str, Field(max_length=256)] | None = None
 

@@ -2,14 +2,33 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from epd.errors import ConfigError, InvalidRequestError
+from epd.models.card import ModelCard
+from epd.pruning_policy import PruningPolicy
+from epd.pruning_spec import PruningSpec
 
 __all__ = ["GatewaySettings"]
 
 MiB = 1 << 20
+
+
+def _number(value: object) -> object:
+    """A variable's text as the number it spells: "1" is a count, "1.0" a share."""
+    if not isinstance(value, str):
+        return value
+    return int(value) if value.strip().isdecimal() else float(value)
+
+
+Budget = Annotated[
+    Annotated[int, Field(ge=1)] | Annotated[float, Field(gt=0, le=1)], BeforeValidator(_number)
+]
 
 
 class GatewaySettings(BaseSettings):
@@ -48,6 +67,38 @@ class GatewaySettings(BaseSettings):
     default_max_tokens: int = Field(256, ge=1)
     default_temperature: float = Field(0.0, ge=0.0, le=2.0)
 
+    pruning: dict[str, Any] | None = Field(
+        None, description='default of requests that do not ask: {"method": "script", "keep": 0.25}'
+    )
+    pruning_min_keep: Budget | None = Field(
+        None, description="smaller budgets are raised to this count or share of an image's tokens"
+    )
+    pruning_floor: Budget | None = Field(
+        None, description="budgets fall to this count or share as the ledger fills"
+    )
+    layer_pruning: str | None = Field(
+        None, description="method inside the LLM that requests may ask for: adaptinfer[:LAYERS]"
+    )
+
     keepalive_seconds: float = Field(10.0, gt=0)
     stall_seconds: float = Field(30.0, gt=0, description="one send to a client may take this long")
     stream_buffer_bytes: int = Field(256 * 1024, ge=1024)
+
+    def pruning_policy(self, card: ModelCard) -> PruningPolicy:
+        """What requests for this model may ask of pruning.
+
+        Raises `ConfigError` when the default cannot be served.
+        """
+        policy = PruningPolicy(
+            image_tokens=card.image_tokens,
+            layer_method=self.layer_pruning.partition(":")[0] if self.layer_pruning else None,
+            min_keep=self.pruning_min_keep,
+            floor=self.pruning_floor,
+        )
+        if self.pruning is None:
+            return policy
+        try:
+            policy.resolve(self.pruning)
+            return replace(policy, default=PruningSpec.parse(self.pruning))
+        except InvalidRequestError as error:
+            raise ConfigError(f"the default pruning cannot be served: {error}") from None
