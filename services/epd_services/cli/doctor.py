@@ -15,7 +15,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from epd.cache.server import find_server
-from epd.demo import CHECKPOINT
+from epd.demo import BUILT_IN_NAME, CHECKPOINT
 from epd.errors import EPDError
 from epd.models.card import ModelCard
 from epd.roles import parse_topology
@@ -78,7 +78,7 @@ def _guarded(
         lines = str(error).splitlines()
         return [Check(name, "fail", " ".join(lines[:2]), lines[2] if len(lines) > 2 else "")]
     except Exception as error:
-        return [Check(name, "fail", f"{type(error).__name__}: {error}"[:300], "see above")]
+        return [Check(name, "fail", f"{type(error).__name__}: {error}"[:300], "make setup")]
 
 
 def _packages() -> Check:
@@ -124,7 +124,7 @@ def _memory(settings: Settings) -> Iterator[Check]:
         line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines() if ":" in line
     )
     free = int(facts["MemAvailable"].split()[0]) * 1024
-    card = ModelCard.load(settings.model or CHECKPOINT)
+    card = _card(settings)
     workers = len(parse_topology(settings.topology))
     weights = sum(entry.end - entry.start for entry in card.entries.values())
     # each worker: Python with torch, its part of the weights, its KV cache
@@ -177,8 +177,13 @@ def _sockets(settings: Settings) -> Iterator[Check]:
         yield Check("ipc sockets", "ok", f"private sockets work in {nearest}")
 
 
+def _card(settings: Settings) -> ModelCard:
+    name = None if settings.model else BUILT_IN_NAME
+    return ModelCard.load(settings.model or CHECKPOINT, name=name)
+
+
 def _model(settings: Settings) -> Iterator[Check]:
-    card = ModelCard.load(settings.model or CHECKPOINT)
+    card = _card(settings)
     weights = sum(entry.end - entry.start for entry in card.entries.values())
     text = f"{card.name}: {card.model_type}, {weights / 1e6:.0f} MB, revision {card.revision[:12]}"
     if weights > _LOAD_LIMIT:

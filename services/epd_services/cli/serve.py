@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from epd.cache.factory import open_cache
 from epd.cache.server import find_server
-from epd.demo import CHECKPOINT
+from epd.demo import BUILT_IN_NAME, CHECKPOINT
 from epd.errors import ConfigError
 from epd.models.card import ModelCard
 from epd.node import GATEWAY
@@ -52,7 +52,9 @@ def preflight(settings: Settings) -> ModelCard:
             f"Cannot listen on {settings.host} port {settings.port}.", f"{why}.",
             f"epd serve --port {_other_port(settings)}",
         )  # fmt: skip
-    card = ModelCard.load(settings.model or CHECKPOINT)
+    card = ModelCard.load(
+        settings.model or CHECKPOINT, name=None if settings.model else BUILT_IN_NAME
+    )
     asyncio.run(_check_cache(settings.cache_url))
     if settings.http_is_open:
         note(f"warning: anybody who reaches {settings.host} may use this; see --api-key-file")
