@@ -16,6 +16,7 @@ from epd.intake import take_in
 from epd.kv.blocks import BlockManager
 from epd.kv.handoff import KVHandoff, ModelFacts
 from epd.kv.pool import KVPool
+from epd.models.layer_pruning import check_layer_pruner, resolve_layer_pruner
 from epd.request import FinishReason
 from epd.runner import ModelRunner
 from epd.scheduler import Chunk, Scheduler
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence as Seq
 
     import torch
+    from epd_pruning.layer_base import LayerPruner
 
     from epd.config import EngineConfig
     from epd.models.card import ModelCard
@@ -56,7 +58,11 @@ _log = structlog.get_logger("epd.core")
 
 
 class EngineCore:
-    """Continuous batching of one decoder over a paged KV cache."""
+    """Continuous batching of one decoder over a paged KV cache.
+
+    `layer_pruner`, or the one that `config.layer_pruning` names, prunes inside the decoder for
+    requests that ask for it; its layers say where layer groups end. `ConfigError` if it cannot.
+    """
 
     def __init__(
         self,
@@ -67,10 +73,18 @@ class EngineCore:
         device: torch.device | str,
         clock: Callable[[], float] = time.monotonic,
         layer_group: tuple[int, ...] | None = None,
+        layer_pruner: LayerPruner | None = None,
     ) -> None:
         shape = decoder.config
         layers = shape.num_layers
+        if layer_pruner is not None:
+            check_layer_pruner(layer_pruner, layers)
+        elif config.layer_pruning is not None:
+            layer_pruner = resolve_layer_pruner(config.layer_pruning, card.path, layers)
+        if layer_pruner is not None:
+            layer_group = layer_pruner.schedule.layer_groups(layers)
         groups = layer_group if layer_group is not None else (0,) * layers
+        self.layer_pruner = layer_pruner
         self._card = card
         self._hidden_size = shape.hidden_size
         self.facts = ModelFacts(
@@ -95,7 +109,9 @@ class EngineCore:
         self._scheduler = Scheduler(
             config, self.blocks, max_model_len=card.max_position, clock=clock
         )
-        self._runner = ModelRunner(decoder, self.pool, layer_group=groups, device=device)
+        self._runner = ModelRunner(
+            decoder, self.pool, layer_group=groups, device=device, layer_pruner=layer_pruner
+        )
         self._clock = clock
 
     @property
@@ -112,7 +128,8 @@ class EngineCore:
             if tokens.ndim != 2 or tokens.shape[0] < 1 or tokens.shape[1] != self._hidden_size:
                 raise InvalidRequestError("vision tokens do not have the decoder's hidden size")
         lengths = [len(tokens) for tokens in vision_tokens]
-        self._scheduler.add(take_in(sequence, lengths, self.facts))
+        layers = self.layer_pruner.schedule if self.layer_pruner is not None else None
+        self._scheduler.add(take_in(sequence, lengths, self.facts, layers=layers))
         self._runner.hold_vision(sequence.request_id, vision_tokens)
 
     def cancel(self, request_id: str) -> None:

@@ -6,6 +6,9 @@ from dataclasses import replace
 from hashlib import blake2b
 from itertools import pairwise
 
+from epd_pruning.errors import PruningError
+from epd_pruning.schedule import Schedule, fit_average
+
 from epd.errors import InvalidRequestError
 from epd.kv.handoff import ModelFacts
 from epd.sequence import Sequence, expand_images, place_kept
@@ -13,10 +16,19 @@ from epd.step import KeptTokens, NewSequence
 
 __all__ = ["take_in"]
 
+_MANY = 1 << 20  # tokens at which a schedule's proportions are read
 
-def take_in(new: NewSequence, image_lengths: list[int], facts: ModelFacts) -> Sequence:
+
+def take_in(
+    new: NewSequence,
+    image_lengths: list[int],
+    facts: ModelFacts,
+    *,
+    layers: Schedule | None = None,
+) -> Sequence:
     """The sequence that serves `new`, whose i-th image has `image_lengths[i]` vision tokens.
 
+    `layers` is how the core prunes inside the decoder, if it does: where, in which proportions.
     Raises `InvalidRequestError` for anything that contradicts itself or the model of `facts`.
     """
     _check_tokens(new, facts.vocab_size)
@@ -34,12 +46,49 @@ def take_in(new: NewSequence, image_lengths: list[int], facts: ModelFacts) -> Se
         length if tokens is None else tokens.num_tokens
         for length, tokens in zip(image_lengths, kept, strict=True)
     )
-    return Sequence(
+    sequence = Sequence(
         request_id=new.request_id, attempt=new.attempt, tokens=prompt + new.output_token_ids,
         num_prompt=len(prompt), spans=spans, sampling=new.sampling, salt=new.salt,
         deadline=new.deadline, handoff=new.handoff, positions=positions, shift=shift,
         image_tokens_before=before, next_pos=positions[0] if positions else 0,
     )  # fmt: skip
+    if new.layer_keep is not None:
+        _plan_layers(sequence, new.layer_keep, layers, facts.num_layers)
+    return sequence
+
+
+def _plan_layers(
+    sequence: Sequence, keep: int | float, layers: Schedule | None, num_layers: int
+) -> None:
+    """Give `sequence` the largest schedule within its layer average; none where all may stay."""
+    if layers is None:
+        raise InvalidRequestError("this server prunes nothing inside the decoder", "pruning.method")
+    sizes = [span.stop - span.start for span in sequence.spans]
+    entering = sum(sizes)
+    if isinstance(keep, int):
+        average: float = sum(min(keep, size) for size in sizes)
+    else:
+        average = keep * sequence.image_tokens_before
+    if not (keep >= 1 if isinstance(keep, int) else 0.0 < keep <= 1.0):
+        raise InvalidRequestError(
+            "layer_keep must be a count of at least 1 or a share in (0, 1]", "pruning.layer_keep"
+        )
+    if average >= entering or not sequence.text_after_images:
+        return
+    shares = tuple(max(count, 0.5) for count in layers.kept(_MANY))
+    try:
+        schedule = fit_average(
+            layers.layers, shares, num_tokens=entering, num_layers=num_layers, average=average
+        )
+    except PruningError as error:
+        raise InvalidRequestError(
+            f"layer_keep leaves {average:g} vision tokens in the average layer, which must be "
+            f"{error.allowed}",
+            "pruning.layer_keep",
+        ) from None
+    sequence.schedule = schedule
+    dropped = (0, *(entering - left for left in schedule.kept(entering)))
+    sequence.dropped = dropped if any(dropped) else ()
 
 
 def _check_tokens(new: NewSequence, vocab_size: int) -> None:

@@ -10,12 +10,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from epd.layer_stages import LayerStages, send
 from epd.models.context import AttentionBatch, ForwardContext
 from epd.sampler import SampleRow, sample
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from typing import Any
+
+    from epd_pruning.layer_base import LayerPruner
 
     from epd.kv.blocks import BlockTable
     from epd.kv.pool import KVPool
@@ -38,8 +41,10 @@ class ModelRunner:
         *,
         layer_group: tuple[int, ...],
         device: torch.device | str,
+        layer_pruner: LayerPruner | None = None,
     ) -> None:
         self._decoder = decoder
+        self._stages = LayerStages(decoder, layer_pruner) if layer_pruner is not None else None
         self._pool = pool
         self._layer_group = layer_group
         self._device = torch.device(device)
@@ -60,10 +65,13 @@ class ModelRunner:
 
         Idempotent until the chunks are advanced: the same slots are written with the same values.
         """
-        positions = self._positions(chunks)
-        hidden = self._embed(chunks)
-        hidden = self._decoder.forward(hidden, positions, self._context(chunks))
-        ends = np.cumsum([chunk.length for chunk in chunks]) - 1
+        positions, hidden = self._positions(chunks), self._embed(chunks)
+        context = self._context(chunks)
+        if self._stages is not None and any(chunk.dropped for chunk in chunks):
+            hidden = self._stages.forward(hidden, positions, context, chunks)
+        else:
+            hidden = self._decoder.forward(hidden, positions, context)
+        ends = np.cumsum([chunk.rows(self._layer_group[-1]) for chunk in chunks]) - 1
         last = [int(end) for end, chunk in zip(ends, chunks, strict=True) if chunk.samples]
         if not last:
             return []
@@ -74,10 +82,7 @@ class ModelRunner:
         return sample(self._decoder.logits(hidden), rows)
 
     def _send(self, array: IntArray) -> torch.Tensor:
-        tensor = torch.from_numpy(array)
-        if self._device.type == "cuda":  # from pinned memory the copy does not wait for the GPU
-            return tensor.pin_memory().to(self._device, non_blocking=True)
-        return tensor
+        return send(array, self._device)
 
     def _positions(self, chunks: Sequence[Chunk]) -> torch.Tensor:
         """Position of every token of the step, int64 [T]."""
@@ -109,19 +114,20 @@ class ModelRunner:
 
     def _context(self, chunks: Sequence[Chunk]) -> ForwardContext:
         """Block tables, slots and lengths of the step, per layer group."""
-        lengths = np.array([chunk.length for chunk in chunks], np.int64)
-        starts = np.zeros(len(chunks) + 1, np.int32)
-        np.cumsum(lengths, out=starts[1:])
         tables: list[BlockTable] = []
         for chunk in chunks:
             assert chunk.sequence.table is not None
             tables.append(chunk.sequence.table)
-        cu_seqlens, longest = self._send(starts), int(lengths.max())
-        groups = tuple(
-            self._batch(tables, group, cu_seqlens=cu_seqlens, lengths=lengths, longest=longest)
-            for group in range(max(self._layer_group) + 1)
-        )
-        return ForwardContext(groups=groups, layer_group=self._layer_group, kv=self._pool)
+        pruned = any(chunk.dropped for chunk in chunks)
+        groups: list[AttentionBatch] = []
+        for group in range(max(self._layer_group) + 1):
+            if pruned or not groups:
+                lengths = np.array([chunk.rows(group) for chunk in chunks], np.int64)
+                starts = np.zeros(len(chunks) + 1, np.int32)
+                np.cumsum(lengths, out=starts[1:])
+                cu_seqlens = self._send(starts)
+            groups.append(self._batch(tables, group, cu_seqlens=cu_seqlens, lengths=lengths))
+        return ForwardContext(groups=tuple(groups), layer_group=self._layer_group, kv=self._pool)
 
     def _batch(
         self,
@@ -130,7 +136,6 @@ class ModelRunner:
         *,
         cu_seqlens: torch.Tensor,
         lengths: IntArray,
-        longest: int,
     ) -> AttentionBatch:
         past = np.array([table.lengths[group] for table in tables], np.int64)
         widths = [len(table.blocks[group]) for table in tables]
@@ -149,6 +154,6 @@ class ModelRunner:
             seq_lens=self._send(total.astype(np.int32)),
             block_tables=self._send(blocks),
             slot_mapping=self._send(slots),
-            max_seqlen_q=longest,
+            max_seqlen_q=int(lengths.max()),
             max_seqlen_k=int(total.max()),
         )

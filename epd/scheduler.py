@@ -26,11 +26,19 @@ __all__ = ["Chunk", "Plan", "Scheduler"]
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """`length` tokens of one sequence to compute now; `samples` when the next token follows."""
+    """`length` tokens of one sequence to compute now; `samples` when the next token follows.
+
+    `dropped`, where layers prune, says how many of them are gone before each layer group.
+    """
 
     sequence: Sequence
     length: int
     samples: bool
+    dropped: tuple[int, ...] = ()
+
+    def rows(self, group: int) -> int:
+        """How many of the tokens layer group `group` computes."""
+        return self.length - self.dropped[group] if self.dropped else self.length
 
 
 @dataclass(slots=True)
@@ -106,12 +114,13 @@ class Scheduler:
             arrival = self._refused[1]
         behind = bool(self.waiting) and self.waiting[0].arrival < arrival
         table = self._blocks.open()
-        need = self._blocks.missing(table, max(lengths) + 1)
+        grown_by = [length + 1 for length in lengths]
+        need = self._blocks.missing(table, grown_by)
         if behind or self._num_active >= self._config.max_num_seqs or not self._fits(need):
             self._refused, self._asked = (name, arrival), True
             return False
         self._register(sequence, arrival)
-        grown = self._blocks.grow(table, max(lengths) + 1)
+        grown = self._blocks.grow(table, grown_by)
         assert grown
         table.lengths = list(lengths)
         sequence.table, sequence.state = table, SequenceState.RESERVED
@@ -139,9 +148,9 @@ class Scheduler:
         assert table is not None
         sequence.move_to(sequence.num_computed + chunk.length)
         for group in range(len(table.lengths)):
-            table.lengths[group] += chunk.length
+            table.lengths[group] += chunk.rows(group)
         size = self._blocks.block_size
-        if not sequence.adopted and sequence.num_computed // size > table.num_published:
+        if sequence.shares and sequence.num_computed // size > table.num_published:
             self._extend_hashes(sequence)
             self._blocks.publish(table, sequence.hashes)
 
@@ -250,26 +259,33 @@ class Scheduler:
         if not self._asked:
             self._refused = None
         self._asked = False
-        while self.waiting and budget and self._num_active < self._config.max_num_seqs:
+        while self.waiting and budget > 0 and self._num_active < self._config.max_num_seqs:
             sequence = self.waiting[0]
             yields = self._refused is not None and self._refused[1] < sequence.arrival
-            if yields or not self._start(sequence, budget):
+            alone = all(chunk.length == 1 for chunk in plan.chunks)
+            if yields or not self._start(sequence, budget, alone=alone):
                 break
             del self.waiting[0]
             self._run(sequence)
             budget -= self._plan_chunk(sequence, plan, budget)
 
-    def _start(self, sequence: Sequence, budget: int) -> bool:
-        """Reserve the blocks of the whole sequence, sharing what the prefix cache has."""
+    def _start(self, sequence: Sequence, budget: int, *, alone: bool) -> bool:
+        """Reserve the blocks of the whole sequence, sharing what the prefix cache has.
+
+        Where layers prune, the prompt runs whole, beyond the budget if no other prefill runs.
+        """
         num_tokens, size = len(sequence.tokens), self._blocks.block_size
-        if self._blocks.prefix_cache:
+        if sequence.shares:
             self._extend_hashes(sequence)
         # at least one token is computed: its logits give the next one
         table = self._blocks.open(sequence.hashes[: (num_tokens - 1) // size])
         cached = table.lengths[0]
-        whole = self._config.chunked_prefill or num_tokens - cached <= budget
-        fits = self._fits(self._blocks.missing(table, num_tokens - cached))
-        if not (whole and fits and self._blocks.grow(table, num_tokens - cached)):
+        news = [num_tokens - cached - gone for gone in sequence.dropped] or num_tokens - cached
+        pruned = bool(sequence.dropped)
+        whole = num_tokens - cached <= budget or (pruned and alone)
+        runs = whole or (self._config.chunked_prefill and not pruned)
+        fits = self._fits(self._blocks.missing(table, news))
+        if not (runs and fits and self._blocks.grow(table, news)):
             self._blocks.close(table)
             return False
         sequence.table = table
@@ -285,8 +301,9 @@ class Scheduler:
             sequence.num_cached = min(cached, sequence.num_prompt)
 
     def _plan_chunk(self, sequence: Sequence, plan: Plan, budget: int) -> int:
-        length = min(sequence.num_remaining, budget)
-        plan.chunks.append(Chunk(sequence, length, length == sequence.num_remaining))
+        dropped = () if sequence.num_computed else sequence.dropped
+        length = sequence.num_remaining if dropped else min(sequence.num_remaining, budget)
+        plan.chunks.append(Chunk(sequence, length, length == sequence.num_remaining, dropped))
         return length
 
     def _extend_hashes(self, sequence: Sequence) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import Enum, auto
 
+from epd_pruning.schedule import Schedule
+
 from epd.errors import InvalidRequestError
 from epd.kv.blocks import BlockTable, ImageSpan
 from epd.request import SamplingParams
@@ -30,7 +32,8 @@ class Sequence:
     The first `num_computed` tokens have passed the decoder; `next_pos` is the position of the one
     after them and is carried here, because pruned layer groups hold fewer keys than positions.
     `positions` are those of the prompt where pruning left gaps, empty without; every later token
-    stands `shift` positions after its place in `tokens`.
+    stands `shift` positions after its place in `tokens`. Where layers prune, `schedule` says how
+    much, and `dropped` how many vision tokens each layer group lacks (empty: none does).
     """
 
     request_id: str
@@ -54,6 +57,8 @@ class Sequence:
     positions: list[int] = field(default_factory=list)
     shift: int = 0
     image_tokens_before: int = 0
+    schedule: Schedule | None = None
+    dropped: tuple[int, ...] = ()
     num_cached: int = 0
     prefilled: bool = False
 
@@ -81,6 +86,16 @@ class Sequence:
     def end_pos(self) -> int:
         """One more than the position of the last of `tokens`."""
         return len(self.tokens) + self.shift
+
+    @property
+    def shares(self) -> bool:
+        """Whether its blocks may be named as prefixes: every group holds every token, from here."""
+        return not (self.adopted or self.dropped)
+
+    @property
+    def text_after_images(self) -> int:
+        """Prompt tokens after the last image; 0 without images."""
+        return self.num_prompt - self.spans[-1].stop if self.spans else 0
 
     def upcoming(self, count: int) -> list[int] | range:
         """Positions of the next `count` tokens to compute."""

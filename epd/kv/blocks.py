@@ -160,28 +160,29 @@ class BlockManager:
                 group.share(block)
         return BlockTable(blocks, [count * self.block_size] * len(blocks), count)
 
-    def missing(self, table: BlockTable, num_new: int) -> int:
+    def missing(self, table: BlockTable, num_new: int | Sequence[int]) -> int:
         """Blocks that the neediest group of `table` lacks to hold `num_new` more tokens."""
-        return max(
-            0,
-            *(
-                self.blocks_for(length + num_new) - len(blocks)
-                for blocks, length in zip(table.blocks, table.lengths, strict=True)
-            ),
-        )
+        return max(0, *self._needs(table, num_new))
 
-    def grow(self, table: BlockTable, num_new: int) -> bool:
-        """Make room for `num_new` more tokens in every group; all of it, or False and nothing."""
-        needs = [
-            self.blocks_for(length + num_new) - len(blocks)
-            for blocks, length in zip(table.blocks, table.lengths, strict=True)
-        ]
-        groups = self._groups
+    def grow(self, table: BlockTable, num_new: int | Sequence[int]) -> bool:
+        """Make room for `num_new` more tokens in every group; all of it, or False and nothing.
+
+        A sequence gives each group its own number.
+        """
+        needs, groups = self._needs(table, num_new), self._groups
         if any(need > group.num_free for need, group in zip(needs, groups, strict=True)):
             return False
         for group, blocks, need in zip(groups, table.blocks, needs, strict=True):
             blocks.extend(group.take() for _ in range(need))
         return True
+
+    def _needs(self, table: BlockTable, num_new: int | Sequence[int]) -> list[int]:
+        """Blocks that each group of `table` lacks; negative where it has spare ones."""
+        counts = [num_new] * len(table.blocks) if isinstance(num_new, int) else num_new
+        return [
+            self.blocks_for(length + count) - len(blocks)
+            for blocks, length, count in zip(table.blocks, table.lengths, counts, strict=True)
+        ]
 
     def publish(self, table: BlockTable, hashes: Sequence[bytes]) -> None:
         """Let later sequences share the blocks of `table` that are full; `hashes` names them.

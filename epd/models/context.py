@@ -11,7 +11,7 @@ from typing import Protocol
 
 import torch
 
-__all__ = ["AttentionBatch", "ForwardContext", "LayerCaches"]
+__all__ = ["AttentionBatch", "ForwardContext", "LayerCaches", "Tap"]
 
 
 class LayerCaches(Protocol):
@@ -38,6 +38,15 @@ class AttentionBatch:
     max_seqlen_k: int
 
 
+@dataclass(slots=True)
+class Tap:
+    """Where `layer` leaves its queries `[T, heads, d]` and keys `[T, kv_heads, d]`, after RoPE."""
+
+    layer: int
+    queries: torch.Tensor | None = None
+    keys: torch.Tensor | None = None
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ForwardContext:
     """Layer i attends through `groups[layer_group[i]]` and writes `kv.layer(i)`."""
@@ -45,3 +54,4 @@ class ForwardContext:
     groups: tuple[AttentionBatch, ...]
     layer_group: tuple[int, ...]
     kv: LayerCaches
+    tap: Tap | None = None

@@ -7,7 +7,7 @@ KV cache that the caller owns. It computes what transformers computes, operation
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import nn
@@ -22,10 +22,28 @@ if TYPE_CHECKING:
     from epd.models.card import ModelCard
     from epd.models.context import ForwardContext
 
-__all__ = ["Decoder", "DecoderConfig"]
+__all__ = ["Decoder", "DecoderConfig", "Stream"]
 
 _EMBED = "language_model.embed_tokens.weight"
 _HEAD = "lm_head.weight"
+
+
+class Stream(NamedTuple):
+    """The residual stream between layers: the last layer's output and what it is to be added to.
+
+    Kept apart so that each addition is fused with the norm that follows it.
+    """
+
+    delta: torch.Tensor | None
+    residual: torch.Tensor
+
+    def total(self) -> torch.Tensor:
+        """Their sum `[T, hidden]`."""
+        return self.residual if self.delta is None else self.delta + self.residual
+
+    def take(self, rows: torch.Tensor | slice) -> Stream:
+        """The stream of some rows."""
+        return Stream(None if self.delta is None else self.delta[rows], self.residual[rows])
 
 
 class Decoder(nn.Module):
@@ -104,8 +122,8 @@ class Decoder(nn.Module):
         self, hidden: torch.Tensor, positions: torch.Tensor, context: ForwardContext
     ) -> torch.Tensor:
         """`[T, hidden]` after all layers and the final norm; `positions` is int64 `[T]`."""
-        delta, residual = self._run(hidden, positions, context, 0, len(self.layers))
-        return self.norm.after_add(delta, residual)[0]
+        stream = self.advance(Stream(None, hidden), positions, context, 0, len(self.layers))
+        return self.finish(stream)
 
     def run_layers(
         self,
@@ -116,10 +134,37 @@ class Decoder(nn.Module):
         stop: int,
     ) -> torch.Tensor:
         """The residual stream `[T, hidden]` after layers `start` to `stop - 1`, not normed."""
-        if start == stop:
-            return hidden
-        delta, residual = self._run(hidden, positions, context, start, stop)
-        return delta + residual
+        return self.advance(Stream(None, hidden), positions, context, start, stop).total()
+
+    def advance(
+        self, stream: Stream, positions: torch.Tensor, context: ForwardContext,
+        start: int, stop: int,
+    ) -> Stream:  # fmt: skip
+        """`stream` after layers `start` to `stop - 1`; rows may be taken from it in between."""
+        cos, sin = rope_angles(positions, self.inverse_frequency, stream.residual.dtype)
+        delta, residual = stream
+        for index in range(start, stop):
+            layer = self._layer(index)
+            x, residual = layer.enter(delta, residual)
+            x = layer.attention(x, cos, sin, context, index)
+            x, residual = layer.post_attention_norm.after_add(x, residual)
+            delta = layer.feed_forward(x)
+        return Stream(delta, residual)
+
+    def finish(self, stream: Stream) -> torch.Tensor:
+        """The final norm of `stream`: `[T, hidden]`, ready for `logits`."""
+        if stream.delta is None:
+            return self.final_norm(stream.residual)
+        return self.norm.after_add(stream.delta, stream.residual)[0]
+
+    def queries_keys(
+        self, stream: Stream, positions: torch.Tensor, layer: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Queries and keys, after RoPE, that `layer` will make of `stream`; nothing is stored."""
+        cos, sin = rope_angles(positions, self.inverse_frequency, stream.residual.dtype)
+        entered = self._layer(layer)
+        q, k, _ = entered.attention.project(entered.enter(*stream)[0], cos, sin)
+        return q, k
 
     def final_norm(self, hidden: torch.Tensor) -> torch.Tensor:
         """What `forward` does after the last layer: `[T, hidden]`, ready for `logits`."""
@@ -131,39 +176,16 @@ class Decoder(nn.Module):
         head = self.embedding if self.head is None else self.head
         return functional.linear(hidden, head).float()
 
-    def _run(
-        self,
-        hidden: torch.Tensor,
-        positions: torch.Tensor,
-        context: ForwardContext,
-        start: int,
-        stop: int,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The last layer's output and the residual it is still to be added to.
-
-        Kept apart so that each addition is fused with the norm that follows it.
-        """
-        cos, sin = rope_angles(positions, self.inverse_frequency, hidden.dtype)
-        delta: torch.Tensor | None = None
-        residual = hidden
-        for index in range(start, stop):
-            layer = self.layers[index]
-            assert isinstance(layer, DecoderLayer)
-            if delta is None:
-                x = layer.input_norm(residual)
-            else:
-                x, residual = layer.input_norm.after_add(delta, residual)
-            x = layer.attention(x, cos, sin, context, index)
-            x, residual = layer.post_attention_norm.after_add(x, residual)
-            delta = layer.feed_forward(x)
-        assert delta is not None, "at least one layer"
-        return delta, residual
+    def _layer(self, index: int) -> DecoderLayer:
+        layer = self.layers[index]
+        assert isinstance(layer, DecoderLayer)
+        return layer
 
     def _sources(self) -> Iterator[tuple[torch.Tensor, str]]:
         """Every parameter, or the rows of a fused one, with the checkpoint tensor it comes from."""
         yield self.norm.weight, "language_model.norm.weight"
-        for index, layer in enumerate(self.layers):
-            assert isinstance(layer, DecoderLayer)
+        for index in range(len(self.layers)):
+            layer = self._layer(index)
             prefix = f"language_model.layers.{index}."
             yield layer.input_norm.weight, prefix + "input_layernorm.weight"
             yield layer.post_attention_norm.weight, prefix + "post_attention_layernorm.weight"

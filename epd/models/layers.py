@@ -64,11 +64,9 @@ class Attention(nn.Module):
         layer: int,
     ) -> torch.Tensor:
         """Attention output `[T, hidden]` of `x [T, hidden]`; keys and values enter the cache."""
-        qkv = self.qkv_proj(x).view(len(x), -1, self.head_dim)
-        q, k, v = qkv.split(self.heads, dim=1)
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        q, k = apply_rope(q, k, cos, sin)
+        q, k, v = self.project(x, cos, sin)
+        if context.tap is not None and context.tap.layer == layer:
+            context.tap.queries, context.tap.keys = q, k
         batch = context.groups[context.layer_group[layer]]
         k_cache, v_cache = context.kv.layer(layer)
         store_kv(k, v, k_cache, v_cache, batch.slot_mapping)
@@ -78,6 +76,17 @@ class Attention(nn.Module):
             max_seqlen_k=batch.max_seqlen_k,
         )  # fmt: skip
         return self.o_proj(out.reshape(len(x), -1))  # type: ignore[no-any-return]
+
+    def project(
+        self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Queries, keys (both after RoPE) and values `[T, heads, head_dim]` of `x [T, hidden]`."""
+        qkv = self.qkv_proj(x).view(len(x), -1, self.head_dim)
+        q, k, v = qkv.split(self.heads, dim=1)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = apply_rope(q, k, cos, sin)
+        return q, k, v
 
 
 class FeedForward(nn.Module):
@@ -104,3 +113,11 @@ class DecoderLayer(nn.Module):
         self.attention = Attention(config, dtype=dtype)
         self.post_attention_norm = RMSNorm(hidden, eps=eps, dtype=dtype)
         self.feed_forward = FeedForward(config, dtype=dtype)
+
+    def enter(
+        self, delta: torch.Tensor | None, residual: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What attention reads, and the residual stream with the previous layer's `delta` in it."""
+        if delta is None:
+            return self.input_norm(residual), residual
+        return self.input_norm.after_add(delta, residual)

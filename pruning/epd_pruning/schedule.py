@@ -70,6 +70,13 @@ class Schedule:
         """The stage that follows `layer`, or None."""
         return self.layers.index(layer) if layer in self.layers else None
 
+    def layer_groups(self, num_layers: int) -> tuple[int, ...]:
+        """The group of each layer: layers up to and including a pruning layer hold the same tokens.
+
+        Stage s lies between groups s and s + 1.
+        """
+        return tuple(sum(layer > last for last in self.layers) for layer in range(num_layers))
+
     def lengths(self, num_tokens: int, num_layers: int, *, booked: bool = False) -> tuple[int, ...]:
         """Vision tokens in every layer: those it processes, and whose keys and values it stores.
 
