@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 
-__all__ = ["write_tiny_llava"]
+__all__ = ["write_tiny_llava", "write_tiny_text_tower"]
 
 _SPECIAL = ("<pad>", "<s>", "</s>", "<unk>", "<image>")
 _BOS, _EOS, _IMAGE = 1, 2, 4
@@ -89,6 +89,43 @@ def write_tiny_llava(
         model.save_pretrained(directory, max_shard_size=shard_bytes or "5GB")
     _write_processor(directory, image_size, patch_size, vision, select, center_crop)
     return directory
+
+
+def write_tiny_text_tower(
+    directory: str | Path, *, seed: int = 0, end_token: int = 3, max_position: int = 24,
+    trained_on_patches: bool = True,
+) -> Path:  # fmt: skip
+    """`directory/text_tower`, a random CLIP text tower aligned with the tiny checkpoint there.
+
+    `max_position` is the longest segment. transformers pools at an end token other than 2 where it
+    first stands, and with 2, as early CLIP configurations say, at the largest id.
+    """
+    from safetensors.torch import save_file
+    from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+
+    directory = Path(directory)
+    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    width = config["vision_config"]["hidden_size"]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        tower = CLIPTextModelWithProjection(
+            CLIPTextConfig(
+                vocab_size=config["text_config"]["vocab_size"], hidden_size=32,
+                intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+                max_position_embeddings=max_position, projection_dim=16, pad_token_id=0,
+                bos_token_id=_BOS, eos_token_id=end_token,
+            )
+        )  # fmt: skip
+    _scatter(tower, seed)
+    with _silenced():
+        tower.save_pretrained(directory / "text_tower")
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(16, width, generator=generator) * width**-0.5
+    alignment = {"visual_projection.weight": weight}
+    if trained_on_patches:
+        alignment |= {"patch_logit_scale": torch.tensor(1.0), "patch_logit_bias": torch.zeros(())}
+    save_file(alignment, directory / "text_tower" / "alignment.safetensors")
+    return directory / "text_tower"
 
 
 @contextmanager
