@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from rich.console import Console
+
 from epd_services.bench_rows import Row
-from epd_services.cli.terminal import show_table, table
+from epd_services.cli.terminal import table
 from epd_services.evaluation.journal import Cell
 from epd_services.evaluation.methods import DENSE
 from epd_services.evaluation.metrics import fails_text, score, text_accuracy
@@ -14,6 +17,10 @@ from epd_services.evaluation.metrics import fails_text, score, text_accuracy
 __all__ = ["Result", "rows", "show", "unfit"]
 
 CONTROL = "random"
+_COLUMNS = (
+    "method", "%", "exact", "rel. %", "95 %", "flips -/+", "text", "in/proc/book", "GMAC",
+    "enc ms", "sel ms", "pre ms", "all ms", "KV KiB", "gate",
+)  # fmt: skip
 _STAGES = ("encoder", "selector", "prefill", "decode")
 
 
@@ -45,14 +52,11 @@ def unfit(made: Sequence[Row]) -> list[str]:
 
 def show(made: Sequence[Row], title: str) -> None:
     """Print the rows as a table, and the methods that the gate stops."""
-    columns = {
-        "method": "method", "budget": "budget", "exact": "exact", "relative": "relative",
-        "interval": "95 %", "lost": "r→w", "won": "w→r", "text": "text", "gate": "gate",
-        "entering": "enter", "processed": "proc.", "booked": "booked", "gmacs": "GMAC",
-        "selector_ms": "sel. ms", "prefill_ms": "prefill ms", "total_ms": "total ms",
-        "kv_kib": "KV KiB",
-    }  # fmt: skip
-    show_table(table(title, list(columns.values()), [_line(row, columns) for row in made]))
+    drawn = table(title, _COLUMNS, [_line(row) for row in made])
+    drawn.padding = (0, 1, 0, 0)
+    for column in drawn.columns[1:-1]:
+        column.justify = "right"
+    Console(width=None if sys.stdout.isatty() else 200).print(drawn)
     stopped = unfit(made)
     if stopped:
         print(f"reads worse than random tokens, so unfit as a default: {', '.join(stopped)}")
@@ -101,24 +105,24 @@ def _joined(values: Sequence[float]) -> str:
     return "|".join(f"{value:.1f}" for value in values)
 
 
-def _line(row: Row, columns: dict[str, str]) -> list[object]:
+def _line(row: Row) -> list[str]:
+    start = [row["method"], f"{100 * row['budget']:.1f}"]
     if row["note"]:
-        shown = {"method": row["method"], "budget": _percent(row["budget"]), "exact": "-",
-                 "gate": "out of reach"}  # fmt: skip
-        return [shown.get(name, "") for name in columns]
-    shown = {
-        "method": row["method"], "budget": _percent(row["budget"]), "exact": f"{row['exact']:.3f}",
-        "relative": _percent(row["relative"]),
-        "interval": f"{100 * row['relative_low']:.1f}-{100 * row['relative_high']:.1f}",
-        "lost": str(row["right_to_wrong"]), "won": str(row["wrong_to_right"]),
-        "text": f"{row['text_exact']:.3f}" if row["text_exact"] != "" else "", "gate": row["gate"],
-        "entering": f"{row['tokens_actual']:.0f}", "processed": f"{row['tokens_processed']:.0f}",
-        "booked": f"{row['tokens_booked']:.0f}", "gmacs": f"{row['macs'] / 1e9:.2f}",
-        "selector_ms": f"{row['selector_ms']:.2f}", "prefill_ms": f"{row['prefill_ms']:.2f}",
-        "total_ms": f"{row['end_to_end_ms']:.2f}", "kv_kib": f"{row['kv_bytes'] / 1024:.0f}",
-    }  # fmt: skip
-    return [shown[name] for name in columns]
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.1f} %"
+        return [*start, *[""] * (len(_COLUMNS) - 3), "out of reach"]
+    text = row["text_exact"]
+    return [
+        *start,
+        f"{row['exact']:.3f}",
+        f"{100 * row['relative']:.1f}",
+        f"{100 * row['relative_low']:.1f}-{100 * row['relative_high']:.1f}",
+        f"{row['right_to_wrong']}/{row['wrong_to_right']}",
+        f"{text:.2f}" if text != "" else "",
+        "/".join(f"{row[f'tokens_{kind}']:.0f}" for kind in ("actual", "processed", "booked")),
+        f"{row['macs'] / 1e9:.2f}",
+        *(
+            f"{row[f'{stage}_ms']:.1f}"
+            for stage in ("encoder", "selector", "prefill", "end_to_end")
+        ),
+        f"{row['kv_bytes'] / 1024:.0f}",
+        row["gate"],
+    ]
