@@ -7,17 +7,21 @@ import base64
 import io
 import json
 import os
+import re
 import signal
 import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+import yaml
 from epd_services.settings import Settings, load_settings
 from epd_services.supervisor import Supervisor
 from PIL import Image
@@ -153,3 +157,91 @@ def running(**flags: Any) -> Iterator[Stack]:
 def start_stack() -> Callable[..., Any]:
     """A context manager that runs a stack with the given settings."""
     return running
+
+
+DOCKER = Path(__file__).parents[2] / "docker"
+_VARIABLE = re.compile(r"\$(\$)|\$\{(\w+)(?::([-?])([^}]*))?\}")
+
+
+def load_compose(*overrides: str, **variables: str) -> dict[str, Any]:
+    """compose.yaml with the named overrides merged in and its variables substituted."""
+    model: dict[str, Any] = {}
+    for name in ("compose", *(f"compose.{override}" for override in overrides)):
+        model = _merge(model, yaml.safe_load((DOCKER / f"{name}.yaml").read_text()))
+    return _substitute(model, variables)
+
+
+def _merge(base: Any, over: Any, key: str = "") -> Any:
+    """Compose's rule: maps merge, lists grow, except the lists that are commands."""
+    if isinstance(base, dict) and isinstance(over, dict):
+        return base | {k: _merge(base[k], v, k) if k in base else v for k, v in over.items()}
+    if isinstance(base, list) and key not in ("command", "entrypoint", "test"):
+        return base + over
+    return over
+
+
+def _substitute(value: Any, variables: dict[str, str]) -> Any:
+    def replace(match: re.Match[str]) -> str:
+        dollar, name, kind, default = match.groups()
+        if not dollar and kind == "?" and not variables.get(name):
+            raise KeyError(default)
+        return "$" if dollar else variables.get(name) or default or ""
+
+    if isinstance(value, dict):
+        return {k: _substitute(v, variables) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_substitute(v, variables) for v in value]
+    return _VARIABLE.sub(replace, value) if isinstance(value, str) else value
+
+
+@dataclass
+class ContainerImage:
+    """What a container of one target of the Dockerfile starts with."""
+
+    environment: dict[str, str] = field(default_factory=dict)
+    entrypoint: list[str] = field(default_factory=list)
+    command: list[str] = field(default_factory=list)
+    healthcheck: list[str] = field(default_factory=list)
+    user: str = ""
+    steps: list[str] = field(default_factory=list)
+
+    def apply(self, instruction: str, argument: str) -> None:
+        if instruction == "ENV":
+            self.environment |= dict(pair.split("=", 1) for pair in argument.split())
+        elif instruction == "HEALTHCHECK":
+            self.healthcheck = ["CMD", *json.loads(argument.partition("CMD")[2])]
+        elif instruction == "ENTRYPOINT":
+            self.entrypoint = json.loads(argument)
+        elif instruction == "CMD":
+            self.command = json.loads(argument)
+        elif instruction == "USER":
+            self.user = argument
+        elif instruction in ("RUN", "COPY"):
+            self.steps.append(argument)
+
+
+def load_images() -> dict[str, ContainerImage]:
+    """The stages of the Dockerfile by name, each with what it inherits."""
+    text = (DOCKER / "Dockerfile").read_text().replace("\\\n", " ")
+    images: dict[str, ContainerImage] = {}
+    current = ContainerImage()
+    for line in text.splitlines():
+        instruction, _, argument = line.strip().partition(" ")
+        if instruction == "FROM":
+            base, _, name = argument.partition(" AS ")
+            current = images[name] = deepcopy(images.get(base, ContainerImage()))
+        elif instruction and not instruction.startswith("#"):
+            current.apply(instruction, argument.strip())
+    return images
+
+
+@pytest.fixture(scope="session")
+def compose() -> Callable[..., dict[str, Any]]:
+    """The compose file, merged and substituted."""
+    return load_compose
+
+
+@pytest.fixture(scope="session")
+def images() -> dict[str, ContainerImage]:
+    """The images of the Dockerfile by target."""
+    return load_images()
