@@ -104,7 +104,7 @@ def test_it_answers_single_images(answerer: Answerer) -> None:
 
 
 def test_it_answers_about_two_and_three_images(answerer: Answerer) -> None:
-    examples = held_out(36, 12, types=MULTI_TYPES)[::2]
+    examples = held_out(24, 12, types=MULTI_TYPES)
     assert {len(example.images) for example in examples} == {2, 3}
     result = score(examples, answerer.answer, batch_size=9)
     assert result["exact"] >= 0.9, result["wrong"]
