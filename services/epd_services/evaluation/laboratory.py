@@ -12,6 +12,7 @@ from epd_pruning.base import TokenPruner
 from epd_pruning.errors import PruningError
 from epd_pruning.layer_base import LayerPruner
 from epd_pruning.registry import layer_pruner, token_pruner
+from epd_pruning.schedule import Schedule
 
 from epd.chat import ChatFormatter
 from epd.demo import CHECKPOINT
@@ -159,12 +160,14 @@ class Laboratory:
         if method.layer is None:
             return None
         depth = self._decoder.config.num_layers
-        params = dict(method.layer_params)
-        layers = params.pop("layers", [])
-        places = [layers] if isinstance(layers, int) else list(layers)
-        setting = ":".join([method.layer, ",".join(map(str, places))][: 1 + bool(places)])
-        schedule = resolve_layer_pruner(setting, self.card.path, depth).schedule
-        return check_layer_pruner(layer_pruner(method.layer, schedule, params=params), depth)
+        layers, shares = method.schedule_params
+        places = ":" + ",".join(map(str, layers)) if layers else ""
+        schedule = resolve_layer_pruner(method.layer + places, self.card.path, depth).schedule
+        if shares:
+            ratios = tuple(share / max(shares) for share in shares)
+            schedule = Schedule(schedule.layers, ratios=ratios, of="original")
+        pruner = layer_pruner(method.layer, schedule, params=method.scoring_params)
+        return check_layer_pruner(pruner, depth)
 
     def _costs(self, method: Method | None, budget: float, pruners: _Pruners) -> Costs:
         try:

@@ -3,6 +3,10 @@
 script                                  before the LLM
 adaptinfer[layers=[0,2,4]]              inside it, after layers of one's own choice
 script[tau=0.5,pool_floor=0.5]+fastv    one after the other
+
+A method inside the decoder takes, besides its own parameters, `layers`, `shares` (how many tokens
+stay after each of them, in proportion) and, behind another, `enter`: what the first lets in, as a
+multiple of the budget.
 """
 
 from __future__ import annotations
@@ -30,8 +34,7 @@ ALL_METHODS = (
     "dpp+pyramiddrop", "dpp+dart_layer", "script+adaptinfer",
 )  # fmt: skip
 
-# of two methods joined, the first lets this many times the average of the layers in
-_ENTERING = 2
+_ENTER = 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +58,22 @@ class Method:
         if self.token is None:
             return num_tokens
         average = keep_count(num_tokens, budget)
-        return min(num_tokens, average if self.layer is None else _ENTERING * average)
+        return min(num_tokens, round(average * self._enter))
+
+    @property
+    def _enter(self) -> float:
+        return 1.0 if self.layer is None else float(self.layer_params.get("enter", _ENTER))
+
+    @property
+    def schedule_params(self) -> tuple[list[int], list[float]]:
+        """Layers and shares, each empty where none were given."""
+        return _as_list(self.layer_params.get("layers")), _as_list(self.layer_params.get("shares"))
+
+    @property
+    def scoring_params(self) -> dict[str, Any]:
+        """The layer method's own hyper-parameters."""
+        own = ("layers", "shares", "enter")
+        return {key: value for key, value in self.layer_params.items() if key not in own}
 
     def layer_average(self, num_tokens: int, budget: float) -> int | None:
         """Tokens of an image that a layer processes on average, where a method prunes inside."""
@@ -106,6 +124,10 @@ def _parse(name: str) -> Method:
         except PruningError as error:
             raise _refusal(name, str(error)) from None
     return Method(name, token, layer, token_params, layer_params)
+
+
+def _as_list(value: Any) -> list[Any]:
+    return [] if value is None else list(value) if isinstance(value, list) else [value]
 
 
 def _available(kind: str) -> tuple[str, ...]:
