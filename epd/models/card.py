@@ -9,6 +9,7 @@ from typing import Any
 
 from epd.errors import CheckpointError
 from epd.models.files import TensorEntry, problem, read_json, resolve_directory, weight_entries
+from epd.models.quantization import Quantization
 from epd.models.registry import supported_models
 from epd.models.revision import encoder_revision, model_revision
 from epd.models.text_config import DecoderConfig
@@ -26,7 +27,8 @@ class ModelCard:
     """The facts of one checkpoint that every process of a deployment agrees on.
 
     `dtype` is what the weights are stored in. `revision` digests the whole model,
-    `encoder_revision` the vision side alone. `special_tokens` maps `bos_token` and its like to
+    `encoder_revision` the vision side alone. `quantization` says in how many bits linear
+    layers are stored, None for plain floats. `special_tokens` maps `bos_token` and its like to
     their text. `config` is the raw config.json, `entries` where each tensor lies.
     """
 
@@ -41,6 +43,7 @@ class ModelCard:
     eos_token_ids: tuple[int, ...]
     bos_token_id: int | None
     dtype: str
+    quantization: Quantization | None
     revision: str
     encoder_revision: str
     has_vision: bool
@@ -74,8 +77,9 @@ class ModelCard:
         _refuse_code(path, tokenizer_config, "tokenizer_config.json")
         for file in ("processor_config.json", "preprocessor_config.json"):
             _refuse_code(path, read_json(path, file), file)
+        section = {k: v for k, v in config["text_config"].items() if k != "quantization_config"}
         text = DecoderConfig.from_text_config(
-            config["text_config"], tie_word_embeddings=config.get("tie_word_embeddings") is True
+            section, tie_word_embeddings=config.get("tie_word_embeddings") is True
         )
         return cls(
             path=path,
@@ -89,6 +93,7 @@ class ModelCard:
             eos_token_ids=_token_ids(path, config, "eos_token_id"),
             bos_token_id=next(iter(_token_ids(path, config, "bos_token_id")), None),
             dtype=_stored_dtype(config, entries),
+            quantization=_quantization(config),
             revision=model_revision(path, entries),
             encoder_revision=encoder_revision(path, config, entries),
             has_vision=True,
@@ -115,13 +120,13 @@ def _config(path: Path) -> dict[str, Any]:
                           "Use a complete Hugging Face checkpoint.")  # fmt: skip
         _refuse_code(path, section, "config.json")
     _refuse_code(path, config, "config.json")
-    if config.get("quantization_config"):
-        raise problem(
-            f"Cannot serve the model in {path}.",
-            "Its weights are quantised by another library (quantization_config).",
-            "Use the checkpoint with plain float weights.",
-        )
     return config
+
+
+def _quantization(config: Mapping[str, Any]) -> Quantization | None:
+    """Of the whole model, or, as some writers put it, of its language side."""
+    raw = config.get("quantization_config") or config["text_config"].get("quantization_config")
+    return Quantization.from_config(raw) if raw else None
 
 
 def _refuse_code(path: Path, section: Mapping[str, Any], file: str) -> None:
@@ -160,10 +165,10 @@ def _token_id(value: object, key: str) -> int:
 
 
 def _stored_dtype(config: Mapping[str, Any], entries: Mapping[str, TensorEntry]) -> str:
-    """The dtype of the largest tensor, or what the config says when there are no weights."""
-    if entries:
-        largest = max(entries.values(), key=lambda entry: entry.end - entry.start)
-        return _DTYPES.get(largest.dtype, "float32")
+    """The dtype of the largest float tensor, or what the config says when there are no weights."""
+    floats = [entry for entry in entries.values() if entry.dtype in _DTYPES]
+    if floats:
+        return _DTYPES[max(floats, key=lambda entry: entry.end - entry.start).dtype]
     said = config.get("dtype") or config.get("torch_dtype")
     return said if said in ("float32", "bfloat16", "float16") else "float32"
 

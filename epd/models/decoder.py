@@ -6,15 +6,17 @@ KV cache that the caller owns. It computes what transformers computes, operation
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+from epd_kernels import Fp8Linear, QuantLinear
 from torch import nn
 from torch.nn import functional
 
 from epd.models.checkpoint import Checkpoint, resolve_dtype
 from epd.models.layers import DecoderLayer, RMSNorm
+from epd.models.quantized_layers import install_layers, quantized_paths
 from epd.models.rope import inverse_frequencies, rope_angles
 from epd.models.text_config import DecoderConfig
 
@@ -52,8 +54,10 @@ class Decoder(nn.Module):
     inverse_frequency: torch.Tensor
 
     def __init__(
-        self, config: DecoderConfig, device: torch.device | str, dtype: torch.dtype
-    ) -> None:
+        self, config: DecoderConfig, device: torch.device | str, dtype: torch.dtype, *,
+        without: Iterable[str] = (),
+    ) -> None:  # fmt: skip
+        """`without` names linear layers that get no storage: the caller puts its own there."""
         super().__init__()
         self.config = config
         shape = (config.vocab_size, config.hidden_size)
@@ -65,6 +69,8 @@ class Decoder(nn.Module):
         self.head: nn.Parameter | None = None
         if not config.tie_word_embeddings:
             self.head = nn.Parameter(torch.empty(shape, dtype=dtype, device="meta"))
+        for path in without:
+            self.set_submodule(path, nn.Identity())
         self.to_empty(device=device)
         self.requires_grad_(False)
         frequency = inverse_frequencies(config.rope, config.head_dim)
@@ -75,8 +81,12 @@ class Decoder(nn.Module):
         cls, card: ModelCard, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
     ) -> Decoder:
         """The decoder of a checkpoint; no vision weight is read. Raises `CheckpointError`."""
-        decoder = cls(card.text, device, resolve_dtype(device, dtype))
         with Checkpoint(card) as checkpoint:
+            paths = {}
+            if card.quantization is not None:
+                paths = quantized_paths(checkpoint, card.text, card.quantization)
+            decoder = cls(card.text, device, resolve_dtype(device, dtype), without=paths)
+            install_layers(decoder, paths)
             for target, name in decoder._sources():
                 checkpoint.fill(target, name)
             decoder._load_vocabulary(checkpoint)
@@ -112,7 +122,9 @@ class Decoder(nn.Module):
 
     def resident_bytes(self) -> int:
         """Bytes that the weights hold."""
-        return sum(p.numel() * p.element_size() for p in self.parameters())
+        plain = sum(p.numel() * p.element_size() for p in self.parameters())
+        packed = (m for m in self.modules() if isinstance(m, (QuantLinear, Fp8Linear)))
+        return plain + sum(module.resident_bytes() for module in packed)
 
     def embed(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Hidden states `[T, hidden]` of `input_ids [T]`, each below `vocab_size`."""
@@ -217,9 +229,11 @@ class Decoder(nn.Module):
 
 
 def _rows(
-    linear: nn.Linear, names: list[str], widths: list[int]
+    linear: nn.Module, names: list[str], widths: list[int]
 ) -> Iterator[tuple[torch.Tensor, str]]:
     """Row ranges of a fused linear layer, in the order its parts are laid out."""
+    if not isinstance(linear, nn.Linear):
+        return  # quantised, and loaded by its own reader
     for kind in ("weight", "bias"):
         parameter = getattr(linear, kind)
         if parameter is not None:

@@ -10,6 +10,7 @@ from .activations import (
     quantize_int8_ref,
 )
 from .errors import FormatError
+from .fp8_linear import Fp8Linear, Fp8Weight, quantize_weight_fp8
 from .fused_quant import (
     add_rms_norm_quant,
     add_rms_norm_quant_ref,
@@ -30,6 +31,8 @@ from .w4_gemm import w4_gemm, w4_gemm_ref
 __all__ = [
     "Format",
     "FormatError",
+    "Fp8Linear",
+    "Fp8Weight",
     "PackedWeight",
     "QuantKV",
     "QuantLinear",
@@ -54,6 +57,7 @@ __all__ = [
     "quantize_int8_ref",
     "quantize_kv",
     "quantize_weight",
+    "quantize_weight_fp8",
     "rms_norm",
     "rms_norm_ref",
     "silu_mul",

@@ -111,6 +111,11 @@ class QuantLinear(nn.Module):
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # untyped in torch
         return self
 
+    def resident_bytes(self) -> int:
+        """Bytes of packed codes, scales, zeros and bias; not what a CPU keeps unpacked."""
+        held = [self.weight.data, self.weight.scales, self.weight.zeros, self.bias]
+        return sum(t.numel() * t.element_size() for t in held if t is not None)
+
     def extra_repr(self) -> str:
         shape = f"in_features={self.in_features}, out_features={self.out_features}"
         return f"{shape}, scheme={self.scheme.value}, group_size={self.weight.group_size}"
