@@ -38,7 +38,7 @@ def to_blob(tensor: torch.Tensor) -> Blob:
     """
     name = dtype_name(tensor.dtype)
     flat = tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8)
-    return Blob(name, tuple(tensor.shape), memoryview(flat.numpy()))
+    return Blob(name, tuple(tensor.shape), flat.numpy().data)
 
 
 def from_blob(blob: Blob, device: torch.device | str = "cpu") -> torch.Tensor:

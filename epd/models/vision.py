@@ -129,21 +129,22 @@ class VisionEncoder:
 
     @torch.no_grad()
     def _inputs(self, pixels: torch.Tensor, needs: frozenset[str]) -> list[VisionInputs]:
-        layers = self._encoder_layers
-        with AttentionProbe(layers[max(self._layers[-1] - 1, 0)].self_attn) as probe:
-            states = self.tower(pixel_values=pixels, output_hidden_states=True).hidden_states
+        states = self.tower(pixel_values=pixels, output_hidden_states=True).hidden_states
         first = 1 if self._config.vision_feature_select_strategy == "default" else 0
         features = torch.cat([states[layer][:, first:] for layer in self._layers], dim=-1)
         found: dict[str, Any] = {"embeddings": self.projector(features)}
         if "encoder_states" in needs:
             found["encoder_states"] = features
-        if "encoder_keys" in needs:
-            found["encoder_keys"] = probe.keys()[:, first:]
-        if "cls_attention" in needs:
-            found["cls_attention"] = probe.received(by_first=self._has_class_token)[:, first:]
+        if needs & {"encoder_keys", "cls_attention"}:
+            before = self._layers[-1] - 1
+            probe = AttentionProbe(self._inner.encoder.layers[before], states[before])
+            if "encoder_keys" in needs:
+                found["encoder_keys"] = probe.keys()[:, first:]
+            if "cls_attention" in needs:
+                found["cls_attention"] = probe.received(by_first=self._has_class_token)[:, first:]
         if "aligned" in needs:
             assert self._alignment is not None
-            patches = self._post_layernorm(states[self._layers[-1]][:, first:])
+            patches = self._inner.post_layernorm(states[self._layers[-1]][:, first:])
             found["aligned"] = patches @ self._alignment.mT
         side = self._config.vision_config.image_size // self._config.vision_config.patch_size
         grid = (side, side) if features.shape[1] == side * side else None
@@ -170,14 +171,6 @@ class VisionEncoder:
     @property
     def _has_class_token(self) -> bool:
         return bool(self._config.vision_config.model_type == "clip_vision_model")
-
-    @property
-    def _encoder_layers(self) -> Any:
-        return self._inner.encoder.layers
-
-    @property
-    def _post_layernorm(self) -> Any:
-        return self._inner.post_layernorm
 
     @property
     def _inner(self) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -196,10 +197,13 @@ def test_what_lies_inside_the_encoder_equals_transformers(
                          else (4, 4))  # fmt: skip
 
 
-def test_hooks_come_off(tiny: Path) -> None:
+def test_threads_may_share_an_encoder(tiny: Path) -> None:
     encoder = VisionEncoder.load(ModelCard.load(tiny))
-    encoder.encode_inputs([np.zeros((9, 9, 3), np.uint8)], ALL)
-    assert not any(m._forward_pre_hooks for m in encoder.tower.modules())
-    with pytest.raises(RuntimeError):
-        encoder.encode_pixels(torch.zeros(1, 5, 28, 28))
-    assert not any(m._forward_pre_hooks for m in encoder.tower.modules())
+    rng = np.random.default_rng(0)
+    images = [rng.integers(0, 256, (30, 40, 3), np.uint8) for _ in range(4)]
+    expected = [encoder.encode_inputs([image], ALL)[0].cls_attention for image in images]
+    with ThreadPoolExecutor(4) as threads:
+        for _ in range(10):
+            found = list(threads.map(lambda image: encoder.encode_inputs([image], ALL)[0], images))
+            for one, value in zip(found, expected, strict=True):
+                torch.testing.assert_close(one.cls_attention, value)
