@@ -10,14 +10,18 @@ import threading
 import time
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from epd_services.cli.app import app
 from epd_services.cli.terminal import three_lines
 from epd_services.health import problem
 from epd_services.settings import Settings
+from typer.testing import CliRunner
 
 from epd.cache.factory import open_cache
 from epd.errors import ConfigError
+from epd.roles import StageSet
 from epd.transport import reachable
 
 
@@ -47,6 +51,21 @@ def test_the_gateway_refuses_an_open_port_with_exit_code_2() -> None:
     assert done.returncode == 2
     assert done.stderr.startswith("error: Cannot listen on 0.0.0.0 without API keys.")
     assert len(done.stderr.splitlines()) == 3
+
+
+def test_a_worker_without_a_name_takes_its_hosts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What makes the replicas of a scaled service differ."""
+    told: list[str] = []
+
+    def run_worker(settings: Settings, name: str, stages: StageSet) -> int:
+        told.append(name)
+        return 0
+
+    monkeypatch.setattr("epd_services.worker_process.run_worker", run_worker)
+    for host in ("3f2a91c0d4e5", "77aa01b2c3d4"):
+        monkeypatch.setattr("os.uname", lambda host=host: SimpleNamespace(nodename=host))
+        assert CliRunner().invoke(app, ["worker", "--roles", "E"]).exit_code == 0
+    assert told == ["e-3f2a91c0d4e5", "e-77aa01b2c3d4"]
 
 
 def test_missing_secrets_are_named(tmp_path: Path) -> None:
