@@ -283,6 +283,30 @@ def calibrate(
     ))  # fmt: skip
 
 
+@app.command()
+def quantize(
+    out: Annotated[Path, typer.Option("-o", "--out", help="A directory that is not there yet.")],
+    scheme: Annotated[str, typer.Option(help="w4a16, qqq, fireq or fp8.")],
+    model: Annotated[
+        str | None, typer.Argument(help="Directory or hub id; none: the built-in model.")
+    ] = None,
+    calib: Annotated[
+        str, typer.Option(help="scenes, or a directory of pictures and .txt questions.")
+    ] = "scenes",
+    samples: Annotated[int, typer.Option(min=1, max=4096)] = 64,
+    group_size: Annotated[
+        int | None, typer.Option(help="32, 64, 128, 0 for whole rows; none: the largest possible.")
+    ] = None,
+    nearest: Annotated[bool, typer.Option("--nearest", help="Only round: the baseline.")] = False,
+    rotate: Annotated[bool, typer.Option("--rotate", help="Hadamard-rotate the values.")] = False,
+) -> None:
+    """Quantise the language layers of a model; started again, it goes on where it was stopped."""
+    _exit(_lazy("cli.quantize", "quantize")(
+        model, out, scheme=scheme, calib=calib, samples=samples, group_size=group_size,
+        nearest=nearest, rotate=rotate,
+    ))  # fmt: skip
+
+
 def main() -> None:
     """Run the command line; what nobody foresaw ends in one line and exit code 1."""
     try:
