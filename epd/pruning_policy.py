@@ -50,9 +50,9 @@ class PruningPolicy:
     def budget(self, spec: PruningSpec, load: float) -> int | None:
         """Tokens per image at a `load` in [0, 1], where that is less than `spec` asks for.
 
-        It takes the place of `keep`. None: `spec` stands.
+        It takes the place of `keep` for a method before the LLM. None: `spec` stands.
         """
-        if self.floor is None:
+        if self.floor is None or spec.token_method is None:
             return None
         asked = count_of(spec.keep, self.image_tokens)
         floor = min(asked, count_of(self.floor, self.image_tokens))

@@ -185,24 +185,13 @@ class TokenSelector:
         return self._queries.encode(kind, query)
 
 
-def pruned(
-    sequence: NewSequence,
-    spec: PruningSpec,
-    kept: list[KeptTokens | None],
-    budget: int | None = None,
-) -> NewSequence:
-    """`sequence` with the choice `kept` of its images, and with what the decoder is to drop.
-
-    A `budget` lowers the layers' average where `spec` prunes inside the decoder alone.
-    """
-    layer_keep = spec.layer_budget if sequence.mm_keys else None
-    if layer_keep is not None and budget is not None and spec.token_method is None:
-        layer_keep = budget
+def pruned(sequence: NewSequence, spec: PruningSpec, kept: list[KeptTokens | None]) -> NewSequence:
+    """`sequence` with the choice `kept` of its images, and with what the decoder is to drop."""
     return dataclasses.replace(
         sequence,
         kept=kept if any(kept) else [],
         positions=spec.positions,
-        layer_keep=layer_keep,
+        layer_keep=spec.layer_budget if sequence.mm_keys else None,
     )
 
 

@@ -201,7 +201,7 @@ class PrefillStage:
             deadline=waiting.deadline,
             handoff=request.consumer != self._host.name,
         )
-        return sequence if pruning is None else pruned(sequence, pruning, kept, request.budget)
+        return sequence if pruning is None else pruned(sequence, pruning, kept)
 
     def _offer(self, handoff: KVHandoff) -> None:
         rid = handoff.request_id

@@ -10,15 +10,18 @@ import asyncio
 import contextlib
 import itertools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import TracebackType
 
 import torch
 
 from epd.cache.base import TokenCache
 from epd.cache.memory import MemoryCache
+from epd.chat import ChatFormatter
 from epd.config import EngineConfig
+from epd.conversation import Conversation, as_messages, place_images
 from epd.core import EngineCore
+from epd.images import ImageInput, rgb_array
 from epd.membership import Membership
 from epd.models.card import ModelCard
 from epd.models.decoder import Decoder
@@ -26,13 +29,15 @@ from epd.models.query import QueryEncoder
 from epd.models.vision import VisionEncoder
 from epd.node import GATEWAY, Identity, Node
 from epd.pruning_policy import PruningPolicy
-from epd.request import FinishReason, TokenOutput
+from epd.pruning_spec import PruningSpec
+from epd.queries import image_queries
+from epd.request import FinishReason, SamplingParams, TokenOutput
 from epd.roles import Stage, format_stages, parse_topology
 from epd.transport import InMemoryTransport
 from epd.vision_pool import TokenSelector
 from epd.wire import Codec, Frame
 from epd.worker import ServedModel, Worker
-from epd_services.gateway.dispatch_api import Submission, TokensEvent
+from epd_services.gateway.dispatch_api import ImagePixels, Submission, TokensEvent
 from epd_services.gateway.dispatcher import DispatchLimits, PipelineDispatcher
 
 __all__ = ["LocalPipeline"]
@@ -66,6 +71,7 @@ class LocalPipeline:
         self._lives = itertools.count(1)
         self._encoder = VisionEncoder.load(self.card, "cpu", torch.float32)
         self._decoder = Decoder.load(self.card, "cpu", torch.float32)
+        self._formatter = ChatFormatter(self.card)
         self._selector = TokenSelector(QueryEncoder(self.card, self._decoder))
         self.dispatcher = PipelineDispatcher(
             self._node(GATEWAY, ""),
@@ -118,6 +124,29 @@ class LocalPipeline:
             await task
         self._network.pop(name, None)
         del self.workers[name]
+
+    def submission(
+        self,
+        conversation: Conversation,
+        images: Sequence[ImageInput] = (),
+        *,
+        sampling: SamplingParams | None = None,
+        pruning: PruningSpec | None = None,
+        salt: str = "",
+    ) -> Submission:
+        """What the gateway would submit for a conversation as `LLM.chat` takes it."""
+        messages, placed = place_images(as_messages(conversation), list(images))
+        arrays = [rgb_array(image) for image in placed]
+        return Submission(
+            request_id=f"local-{next(self._lives)}",
+            prompt_token_ids=self._formatter.tokenize(messages),
+            images=[ImagePixels(a.shape[1], a.shape[0], a.tobytes()) for a in arrays],
+            sampling=sampling or SamplingParams(),
+            salt=salt,
+            timeout_s=60.0,
+            pruning=pruning,
+            queries=image_queries(messages, pruning.turns) if pruning is not None else [],
+        )
 
     async def run(self, submission: Submission) -> tuple[list[TokenOutput], TokensEvent]:
         """All tokens of one request, and its last event. Raises what the request ended in."""

@@ -207,6 +207,7 @@ def test_budgets_fall_linearly_to_the_floor_as_load_grows() -> None:
     ]  # fmt: skip
     assert knob.budget(PruningSpec(method="script", keep=32), 1.0) is None
     assert policy().budget(spec, 1.0) is None
+    assert knob.budget(PruningSpec(method="fastv", keep=128), 1.0) is None
 
 
 # which question goes with which image
