@@ -1,4 +1,4 @@
-"""`python -m epd_services.health TARGET`: exit code 0 if TARGET is healthy, else 1 and one line why.
+"""`python -m epd_services.health TARGET`: exit code 0 if TARGET is healthy, else 1 and why.
 
 TARGET is the URL of a gateway's `/ready`, or the file that a worker touches (`EPD_HEALTH_FILE`). A
 container's health check; the standard library alone, because it runs every few seconds.
