@@ -141,12 +141,19 @@ def test_a_large_write_that_ends_half_way_is_never_seen(server: Server) -> None:
     async def main() -> None:
         value = CachedTokens("bfloat16", (1024, 4096), os.urandom(8 << 20))
         async with opened(server) as cache, operator(server) as client:
-            writing = asyncio.ensure_future(cache.store("k", value))
-            while not await client.keys("epd:draft:*"):
-                await asyncio.sleep(0)
-            writing.cancel()
-            await asyncio.gather(writing, return_exceptions=True)
-            assert await cache.contains(["k"]) == [False]
+            found: CachedTokens | None = value
+            for _ in range(20):  # a busy machine may let a write end before it is cancelled
+                await client.flushdb()
+                writing = asyncio.ensure_future(cache.store("k", value))
+                while not await client.keys("epd:draft:*") and not writing.done():
+                    await asyncio.sleep(0)
+                writing.cancel()
+                await asyncio.gather(writing, return_exceptions=True)
+                found = await cache.get("k")
+                assert found is None or found == value
+                if found is None:
+                    break
+            assert found is None
             assert await cache.store("k", value)
             assert await cache.get("k") == value
             assert await client.keys() == [b"epd:tokens:k"]
