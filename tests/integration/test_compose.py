@@ -156,7 +156,7 @@ class Project:
             assert time.monotonic() < until, {c.name: c.log.read_text()[-800:] for c in self.all()}
             for name in [n for n in self.services if n not in order]:
                 self._advance(name, order)
-            time.sleep(0.3)
+            time.sleep(0.8)
         return order
 
     def _advance(self, name: str, order: list[str]) -> None:
