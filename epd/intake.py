@@ -82,7 +82,7 @@ def _plan_layers(
         )
     except PruningError as error:
         raise InvalidRequestError(
-            f"layer_keep leaves {average:g} vision tokens in the average layer, which must be "
+            f"a layer average of {average:g} vision tokens was asked for; it must be "
             f"{error.allowed}",
             "pruning.layer_keep",
         ) from None

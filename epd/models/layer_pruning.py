@@ -83,7 +83,7 @@ def _scaled_layers(published: tuple[int, ...], num_layers: int) -> tuple[int, ..
     layers: list[int] = []
     for layer in published:
         scaled = round((layer + 1) * num_layers / _PUBLISHED_DEPTH) - 1
-        scaled = max(scaled, layers[-1] + 1 if layers else min(published[0], 1))
+        scaled = max(scaled, layers[-1] + 1 if layers else 0)
         if not layers or scaled <= num_layers - 2:
             layers.append(min(scaled, num_layers - 2))
     return tuple(layers)

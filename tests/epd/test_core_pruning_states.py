@@ -303,7 +303,7 @@ def test_layers_and_schedule_files_are_taken(tmp_path: Path):
     (tmp_path / SCHEDULE_FILE).write_text(shipped.to_json())
     assert resolve_layer_pruner("adaptinfer", tmp_path, 7).schedule == shipped
     assert resolve_layer_pruner("adaptinfer:1", tmp_path, 7).schedule.layers == (1,)
-    assert resolve_layer_pruner("fastv", tmp_path, 7).schedule.layers == (1,)
+    assert resolve_layer_pruner("fastv", tmp_path, 7).schedule.layers == (0,)
     with pytest.raises(ConfigError, match=r"schedule.layers must be in \[0, 4\]"):
         resolve_layer_pruner("adaptinfer", tmp_path, 6)
     (tmp_path / SCHEDULE_FILE).write_text("{")
