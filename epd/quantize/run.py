@@ -63,11 +63,17 @@ def quantize_model(
     if card.quantization is not None:
         raise ConfigError(f"Cannot quantise {card.name}.\nIts weights are quantised already.\n"
                           "Start from the checkpoint with plain float weights.")  # fmt: skip
+    out = out.expanduser().resolve()
+    if out.is_relative_to(card.path):
+        raise ConfigError(f"Cannot write to {out}.\nIt lies inside the model that is read.\n"
+                          "Choose a place outside of it.")  # fmt: skip
     options = options.resolved(card.text)
     advance(0, "calibration")
     calibration = embed(card, samples)
-    plan = {"model": card.revision, "options": options.described(),
-            "calibration": digest(calibration.hidden), "format_version": FORMAT_VERSION}  # fmt: skip
+    plan = {
+        "model": card.revision, "options": options.described(),
+        "calibration": digest(calibration.hidden), "format_version": FORMAT_VERSION,
+    }  # fmt: skip
     with Workspace(out).opened(plan) as workspace:
         _layers(card, workspace, options, calibration, advance)
         report = {**plan, "tokens": len(calibration.hidden), "layers": workspace.reports()}
