@@ -112,12 +112,17 @@ class CoreLoop:
             busy = True
             while busy:
                 operations, self._operations = self._operations, []
-                operations += [op for prepare in self.before_turn if (op := prepare())]
+                operations += self._prepared()
                 round_ = await loop.run_in_executor(self._thread, self._turn, operations)
                 self._publish(round_)
-                busy = bool(self._operations) or self._core.has_work()
-                if round_.step is not None and not round_.step.num_tokens:
+                idle = round_.step is None or not round_.step.num_tokens
+                # what was refused for want of room is asked again, also when nothing runs any more
+                busy = bool(self._operations or self._core.has_work() or self._prepared())
+                if busy and idle and not self._operations:
                     await self._pause()
+
+    def _prepared(self) -> list[Operation]:
+        return [operation for prepare in self.before_turn if (operation := prepare())]
 
     async def _pause(self) -> None:
         """All work waits for blocks: look again when something happens, or soon."""

@@ -61,7 +61,9 @@ def test_card_of_the_demo_model() -> None:
     assert card.hidden_size == config["text_config"]["hidden_size"]
     assert card.max_position == config["text_config"]["max_position_embeddings"]
     assert card.image_token_id == config["image_token_index"]
-    assert (card.eos_token_ids, card.bos_token_id) == ((2,), 1)
+    text = config["text_config"]
+    assert card.eos_token_ids == (text["eos_token_id"],)
+    assert card.bos_token_id == text["bos_token_id"]
     assert card.dtype == "bfloat16"
     assert card.chat_template == (CHECKPOINT / "chat_template.jinja").read_text()
     assert len(card.revision) == len(card.encoder_revision) == 64

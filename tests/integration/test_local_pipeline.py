@@ -268,6 +268,17 @@ def test_few_blocks_on_the_decode_worker_delay_but_change_nothing(
     go(run())
 
 
+def test_offers_refused_for_want_of_room_are_asked_again_when_nothing_runs(model: Path) -> None:
+    async def run() -> None:
+        narrow = EngineConfig(num_blocks=128, max_batched_tokens=64, max_num_seqs=2)
+        async with LocalPipeline(str(model), "1E1P1D", config=narrow) as pipeline:
+            requests = [submission(pipeline.card, [picture(7)], max_tokens=2) for _ in range(40)]
+            assert {len(ids) for ids in await answers(pipeline, requests)} == {2}
+            await no_leaks(pipeline)
+
+    go(run())
+
+
 def test_draining_refuses_new_and_finishes_old(model: Path) -> None:
     async def run() -> None:
         async with LocalPipeline(str(model), "1EPD", config=CONFIG) as pipeline:
