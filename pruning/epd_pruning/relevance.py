@@ -12,7 +12,14 @@ from epd_pruning.base import TokenPruner, VisionInputs
 from epd_pruning.errors import PruningError
 from epd_pruning.selection import at_least_fp32, stable_top_k, unit_rows
 
-__all__ = ["FLOOR", "ConditionedPruner", "RelevanceOnly", "raw_relevance", "shape_relevance"]
+__all__ = [
+    "FLOOR",
+    "ConditionedPruner",
+    "RelevanceForm",
+    "RelevanceOnly",
+    "raw_relevance",
+    "shape_relevance",
+]
 
 QueryEncoder = Literal["clip_text", "llm_embed_mean"]
 RelevanceForm = Literal["floor", "exp", "raw", "offset"]

@@ -30,7 +30,7 @@ def image(seed: int, count: int = 64, width: int = 48) -> VisionInputs:
 @pytest.mark.parametrize("seed", range(30))
 def test_the_released_combination_is_the_plain_dpp(seed: int) -> None:
     inputs = image(seed)
-    released = Script(combine="released").prune(inputs, 12)
+    released = Script(combine="released", relevance_form="floor").prune(inputs, 12)
     assert torch.equal(released, CDPruner().prune(inputs, 12))
 
 
@@ -43,14 +43,17 @@ def test_the_cascade_is_not() -> None:
     assert different == 10
 
 
+@pytest.mark.parametrize("power", [1, 2, 3])
 @pytest.mark.parametrize("seed", range(4))
-def test_the_cascade_is_a_dpp_inside_the_graph_pool(seed: int) -> None:
+def test_the_cascade_is_a_dpp_inside_the_graph_pool(seed: int, power: int) -> None:
     inputs = image(seed)
-    pruner = Script(tau=0.3, pool_factor=2.5, pool_floor=0.0)
+    pruner = Script(tau=0.3, pool_factor=2.5, pool_floor=0.0, similarity_power=power)
     score = graph_score(inputs.embeddings, tau=0.3)
     pool = stable_top_k(score, 20, largest=False).sort().values
     r = pruner.relevance(inputs.take(pool))
-    chosen = greedy_dpp(cosine_matrix(inputs.embeddings[pool]), 8, relevance=r).indices
+    similarity = cosine_matrix(inputs.embeddings[pool]) ** power
+    assert torch.linalg.eigvalsh(similarity.double()).min() > -1e-6
+    chosen = greedy_dpp(similarity, 8, relevance=r).indices
     assert torch.equal(pruner.prune(inputs, 8), pool[chosen].sort().values)
     assert torch.equal(pruner.prepare(inputs, 8).indices, pool)
 
@@ -84,7 +87,7 @@ def test_the_question_matters_but_not_to_the_pool() -> None:
 def test_without_a_question_and_with_the_whole_image_as_pool_it_is_the_blind_dpp() -> None:
     inputs = replace(image(6), query=None)
     blind = Diverse().prune(inputs, 9)
-    assert torch.equal(Script(pool_floor=1.0).prune(inputs, 9), blind)
+    assert torch.equal(Script(pool_floor=1.0, similarity_power=1).prune(inputs, 9), blind)
     assert torch.equal(CDPruner().prune(inputs, 9), blind)
 
 
@@ -139,6 +142,7 @@ def test_keeping_the_redundant_end_changes_the_pool() -> None:
     [
         ("pool_factor", 0.5),
         ("pool_floor", 1.5),
+        ("similarity_power", 0),
         ("min_degree", -1),
         ("gamma", float("inf")),
         ("tau", "quantile:2"),
