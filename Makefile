@@ -8,7 +8,7 @@ export PIP_ROOT_USER_ACTION := ignore
 .PHONY: demo up test test-all lint bench setup clean
 
 demo: setup
-	$(BIN)/epd demo
+	$(BIN)/epd demo --questions 10 --multi
 
 up: setup
 	$(BIN)/epd serve

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from epd.demo import CHECKPOINT
 from epd.demo.examples import MULTI_TYPES, SINGLE_TYPES, held_out_example
 from epd.roles import parse_topology
-from epd_services.bench_rows import percentile
+from epd_services.bench_rows import machine, percentile
 from epd_services.cli.terminal import note, show_table, table
 from epd_services.logs import configure_logs
 from epd_services.progress import progress
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 __all__ = ["Question", "Result", "ask_all", "demo", "draw_questions", "passed", "write_report"]
 
 PASS_SHARE = 7 / 8
-_FEW = 8
+_FEW = 24
 _STAGES = ("encode", "transfer", "prefill", "ttft", "total")
 
 
@@ -85,7 +85,9 @@ def demo(
     )
     print(f"The pictures are in {out}/")
     if json_file is not None:
-        write_report(json_file, results, topology=topology, seed=seed, in_flight=in_flight,
+        command = f"epd demo --questions {questions} --seed {seed} --topology {topology}"
+        facts = machine(command=command + (" --multi" if multi else ""))
+        write_report(json_file, results, **facts, pruning=settings.pruning, in_flight=in_flight,
                seconds=round(seconds, 3))  # fmt: skip
     return 0 if passed(results) else 1
 
@@ -151,7 +153,7 @@ async def _ask(client: ChatClient, question: Question) -> Result:
     return Result(
         type=question.type, question=question.text, answer=answer, expected=question.expected,
         right=reply.complete and answer == question.expected,
-        files=[str(path) for path in question.files], timings=_timings(reply),
+        files=[path.name for path in question.files], timings=_timings(reply),
     )  # fmt: skip
 
 
