@@ -126,7 +126,7 @@ def main() -> None:
     samples = calibration_samples("scenes", given.samples)
     given.out.parent.mkdir(parents=True, exist_ok=True)
     with given.out.open("w", newline="") as file, tempfile.TemporaryDirectory() as directory:
-        table = csv.DictWriter(file, _COLUMNS)
+        table = csv.DictWriter(file, _COLUMNS, lineterminator="\n")
         table.writeheader()
         fixed = {"questions": given.questions, "seed": given.seed}
         table.writerow({**fixed, **_row(plain, plain, examples), "scheme": "plain"})
