@@ -275,11 +275,14 @@ def calibrate(
     average: Annotated[
         float, typer.Option(min=0.0, max=1.0, help="Share of the tokens a layer processes.")
     ] = 0.25,
+    shares: Annotated[
+        str, typer.Option(help="What each stage keeps, in proportion; one stage each.")
+    ] = "133,27,3",
     device: Device = None,
 ) -> None:
     """Find the layers after which AdaptInfer prunes this model, and write a schedule file."""
     _exit(_lazy("evaluation.calibrate", "calibrate")(
-        model, out=out, samples=samples, seed=seed, average=average, device=device
+        model, out=out, samples=samples, seed=seed, average=average, shares=shares, device=device
     ))  # fmt: skip
 
 

@@ -26,7 +26,6 @@ from epd_services.evaluation.questions import Question
 if TYPE_CHECKING:
     from epd_pruning.base import TokenPruner, VisionInputs
     from epd_pruning.layer_base import LayerPruner
-
     from epd_services.evaluation.methods import Method
 
 __all__ = ["Answers", "Engine", "Selected", "prompt_of"]

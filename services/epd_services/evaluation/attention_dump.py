@@ -6,11 +6,11 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
-from epd_pruning.attention import attention_lse, weighted_attention
 
 from epd.kv.pool import KVPool
 from epd.models.context import AttentionBatch, ForwardContext, Tap
 from epd.models.decoder import Decoder, Stream
+from epd_pruning.attention import attention_lse, weighted_attention
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

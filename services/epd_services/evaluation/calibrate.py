@@ -11,11 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from epd_pruning.accounting import count_tokens
-from epd_pruning.calibrate import calibrated_schedule, shift_histogram
-from epd_pruning.errors import PruningError
-from epd_pruning.schedule import Schedule
-
 from epd.chat import ChatFormatter
 from epd.demo import CHECKPOINT
 from epd.errors import ConfigError
@@ -24,7 +19,11 @@ from epd.models.card import ModelCard
 from epd.models.decoder import Decoder
 from epd.models.vision import VisionEncoder
 from epd.sequence import expand_images
-from epd_services.cli.terminal import show_table, table
+from epd_pruning.accounting import count_tokens
+from epd_pruning.calibrate import calibrated_schedule, shift_histogram
+from epd_pruning.errors import PruningError
+from epd_pruning.schedule import Schedule
+from epd_services.cli.terminal import show_table, table, usage_error
 from epd_services.evaluation.answering import prompt_of
 from epd_services.evaluation.attention_dump import text_to_vision
 from epd_services.evaluation.questions import Question, load_bench
@@ -34,6 +33,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 __all__ = ["Calibration", "calibrate", "find_schedule"]
+
+
+PUBLISHED_SHARES = (133.0, 27.0, 3.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,15 +48,23 @@ class Calibration:
 
 
 def calibrate(
-    model: str | None, *, out: Path, samples: int, seed: int, average: float, device: str | None
+    model: str | None,
+    *,
+    out: Path,
+    samples: int,
+    seed: int,
+    average: float,
+    shares: str,
+    device: str | None,
 ) -> int:
     """Write the schedule file, print what it is made of; the exit code. Raises `EPDError`."""
     import torch
 
     torch.set_grad_enabled(False)
     found = find_schedule(
-        model, samples=samples, seed=seed, average=average, device=device or "cpu"
-    )
+        model, samples=samples, seed=seed, average=average, shares=_shares(shares),
+        device=device or "cpu",
+    )  # fmt: skip
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(_as_ratios(found).to_json(), encoding="utf-8")
     _show(found)
@@ -63,9 +73,18 @@ def calibrate(
 
 
 def find_schedule(
-    model: str | None, *, samples: int, seed: int, average: float, device: str = "cpu"
+    model: str | None,
+    *,
+    samples: int,
+    seed: int,
+    average: float,
+    shares: tuple[float, ...] = PUBLISHED_SHARES,
+    device: str = "cpu",
 ) -> Calibration:
-    """The schedule for `average`, a share of the tokens that a layer processes."""
+    """The schedule for `average`, a share of the tokens that a layer processes.
+
+    It has a stage for each of `shares`, the proportions of what the stages keep.
+    """
     card = ModelCard.load(model if model is not None else CHECKPOINT)
     decoder, encoder = Decoder.load(card, device), VisionEncoder.load(card, device)
     bench = load_bench("scenes", questions=samples, seed=seed)
@@ -75,11 +94,24 @@ def find_schedule(
     num_tokens = encoder.num_tokens(1, 1)
     try:
         schedule = calibrated_schedule(
-            histogram, num_tokens=num_tokens, average=average * num_tokens
+            histogram, num_tokens=num_tokens, average=average * num_tokens, shares=shares
         )
     except PruningError as error:
         raise ConfigError(f"no schedule of {decoder.config.num_layers} layers: {error}") from None
     return Calibration(histogram, num_tokens, schedule)
+
+
+def _shares(text: str) -> tuple[float, ...]:
+    try:
+        shares = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        shares = ()
+    if not shares or not all(0.0 < share < 1e6 for share in shares):
+        raise usage_error(
+            f"Cannot keep {text[:100]!r} of the tokens.", "Shares are numbers above 0.",
+            "epd calibrate --shares 133,27,3",
+        )  # fmt: skip
+    return shares
 
 
 def _maps(

@@ -14,14 +14,12 @@ from epd_pruning.accounting import (
     prefill_macs,
 )
 from epd_pruning.schedule import Schedule, fit_average
-
 from epd_services.evaluation.journal import Tokens
 
 if TYPE_CHECKING:
+    from epd.models.text_config import DecoderConfig
     from epd_pruning.base import TokenPruner
     from epd_pruning.layer_base import LayerPruner
-
-    from epd.models.text_config import DecoderConfig
     from epd_services.evaluation.methods import Method
 
 __all__ = ["Costs", "Prompt", "average_costs", "layer_schedule", "shape_of"]

@@ -9,17 +9,16 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from epd_pruning.base import VisionInputs
-from epd_pruning.relevance import ConditionedPruner
 
 from epd.cache.keys import pixel_digest
 from epd.images import rgb_array
+from epd_pruning.base import VisionInputs
+from epd_pruning.relevance import ConditionedPruner
 
 if TYPE_CHECKING:
-    from epd_pruning.base import TokenPruner
-
     from epd.models.query import QueryEncoder
     from epd.models.vision import VisionEncoder
+    from epd_pruning.base import TokenPruner
     from epd_services.evaluation.questions import Question
 
 __all__ = [

@@ -8,11 +8,6 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
-from epd_pruning.base import TokenPruner
-from epd_pruning.errors import PruningError
-from epd_pruning.layer_base import LayerPruner
-from epd_pruning.registry import layer_pruner, token_pruner
-from epd_pruning.schedule import Schedule
 
 from epd.chat import ChatFormatter
 from epd.demo import CHECKPOINT
@@ -21,6 +16,11 @@ from epd.models.decoder import Decoder
 from epd.models.layer_pruning import check_layer_pruner, resolve_layer_pruner
 from epd.models.query import QueryEncoder
 from epd.models.vision import VisionEncoder
+from epd_pruning.base import TokenPruner
+from epd_pruning.errors import PruningError
+from epd_pruning.layer_base import LayerPruner
+from epd_pruning.registry import layer_pruner, token_pruner
+from epd_pruning.schedule import Schedule
 from epd_services.cli.terminal import usage_error
 from epd_services.evaluation.answering import Engine, prompt_of
 from epd_services.evaluation.costs import Costs, Prompt, average_costs, shape_of

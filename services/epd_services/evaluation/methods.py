@@ -17,11 +17,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from epd.errors import ConfigError
 from epd_pruning.errors import PruningError
 from epd_pruning.registry import available, fingerprint, token_pruner
 from epd_pruning.selection import keep_count
-
-from epd.errors import ConfigError
 from epd_services.cli.terminal import usage_error
 
 __all__ = ["ALL_METHODS", "DENSE", "Method", "parse_budgets", "parse_methods"]
