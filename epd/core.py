@@ -36,12 +36,12 @@ if TYPE_CHECKING:
     from collections.abc import Sequence as Seq
 
     import torch
-    from epd_pruning.layer_base import LayerPruner
 
     from epd.config import EngineConfig
     from epd.models.card import ModelCard
     from epd.models.decoder import Decoder
     from epd.request import TokenOutput
+    from epd_pruning.layer_base import LayerPruner
 
 __all__ = [
     "CoreStats",

@@ -6,13 +6,12 @@ from dataclasses import replace
 from hashlib import blake2b
 from itertools import pairwise
 
-from epd_pruning.errors import PruningError
-from epd_pruning.schedule import Schedule, fit_average
-
 from epd.errors import InvalidRequestError
 from epd.kv.handoff import ModelFacts
 from epd.sequence import Sequence, expand_images, place_kept
 from epd.step import KeptTokens, NewSequence
+from epd_pruning.errors import PruningError
+from epd_pruning.schedule import Schedule, fit_average
 
 __all__ = ["take_in"]
 

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from epd_pruning.layer_base import LayerInputs, LayerPruner
 
 from epd.models.context import ForwardContext, Tap
 from epd.models.decoder import Decoder, Stream
 from epd.scheduler import Chunk
+from epd_pruning.layer_base import LayerInputs, LayerPruner
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -8,10 +8,10 @@ import re
 from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
-from epd_pruning.errors import PruningError
-from epd_pruning.registry import available, token_pruner
 
 from epd.errors import InvalidRequestError
+from epd_pruning.errors import PruningError
+from epd_pruning.registry import available, token_pruner
 
 if TYPE_CHECKING:
     from epd_pruning.base import TokenPruner

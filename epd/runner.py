@@ -18,13 +18,12 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from typing import Any
 
-    from epd_pruning.layer_base import LayerPruner
-
     from epd.kv.blocks import BlockTable
     from epd.kv.pool import KVPool
     from epd.models.decoder import Decoder
     from epd.request import TokenOutput
     from epd.scheduler import Chunk
+    from epd_pruning.layer_base import LayerPruner
 
     IntArray = np.ndarray[Any, np.dtype[np.int64 | np.int32]]
 

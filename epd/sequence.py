@@ -5,12 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import Enum, auto
 
-from epd_pruning.schedule import Schedule
-
 from epd.errors import InvalidRequestError
 from epd.kv.blocks import BlockTable, ImageSpan
 from epd.request import SamplingParams
 from epd.step import KeptTokens
+from epd_pruning.schedule import Schedule
 
 __all__ = ["Sequence", "SequenceState", "expand_images", "place_kept"]
 

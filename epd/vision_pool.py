@@ -14,11 +14,11 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-from epd_pruning.base import Pool, PruningError, TokenPruner, VisionInputs
 
 from epd.errors import InvalidRequestError, WireError
 from epd.pruning_spec import PruningSpec, count_of
 from epd.step import KeptTokens, NewSequence
+from epd_pruning.base import Pool, PruningError, TokenPruner, VisionInputs
 
 if TYPE_CHECKING:
     import numpy as np

@@ -10,7 +10,6 @@ from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from epd_kernels import Fp8Linear, QuantLinear
 from torch import nn
 from torch.nn import functional
 
@@ -19,6 +18,7 @@ from epd.models.layers import DecoderLayer, RMSNorm
 from epd.models.quantized_layers import install_layers, quantized_paths
 from epd.models.rope import inverse_frequencies, rope_angles
 from epd.models.text_config import DecoderConfig
+from epd_kernels import Fp8Linear, QuantLinear
 
 if TYPE_CHECKING:
     from epd.models.card import ModelCard

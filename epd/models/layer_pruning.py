@@ -5,11 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from epd.errors import ConfigError
 from epd_pruning.errors import PruningError
 from epd_pruning.registry import layer_pruner
 from epd_pruning.schedule import Schedule
-
-from epd.errors import ConfigError
 
 if TYPE_CHECKING:
     from epd_pruning.layer_base import LayerPruner

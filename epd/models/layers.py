@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
-from epd_kernels import add_rms_norm, apply_rope, paged_attention, rms_norm, silu_mul, store_kv
 from torch import nn
+
+from epd_kernels import add_rms_norm, apply_rope, paged_attention, rms_norm, silu_mul, store_kv
 
 if TYPE_CHECKING:
     from epd.models.context import ForwardContext

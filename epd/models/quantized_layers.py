@@ -8,11 +8,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
-from epd_kernels import FormatError, Fp8Linear, Fp8Weight, QuantLinear, QuantWeight, Scheme
 
 from epd.models.files import problem
 from epd.models.layouts import StoredLayer, StoredWeight, is_quantized, read_linear
 from epd.models.layouts.source import LayerSource
+from epd_kernels import FormatError, Fp8Linear, Fp8Weight, QuantLinear, QuantWeight, Scheme
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -71,9 +71,7 @@ def quantized_paths(
     return found
 
 
-def install_layers(
-    decoder: Decoder, paths: dict[str, list[LayerSource]]
-) -> None:
+def install_layers(decoder: Decoder, paths: dict[str, list[LayerSource]]) -> None:
     """Put the layers of `paths` into `decoder`, on its device, one at a time."""
     _check_device(decoder.device)
     for path, sources in paths.items():

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from epd_pruning.base import VisionInputs
 from torch import nn
 
 from epd.errors import InvalidRequestError, MediaError
@@ -21,6 +20,7 @@ from epd.models.checkpoint import Checkpoint, canonical_name, resolve_dtype
 from epd.models.files import problem
 from epd.models.pixels import ImageProcessor
 from epd.models.vision_probe import AttentionProbe
+from epd_pruning.base import VisionInputs
 
 if TYPE_CHECKING:
     from epd.models.card import ModelCard

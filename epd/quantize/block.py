@@ -12,12 +12,12 @@ from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import torch
-from epd_kernels import apply_rope, rms_norm, silu_mul
 from torch.nn import functional
 
 from epd.models.files import problem
 from epd.models.rope import inverse_frequencies, rope_angles
 from epd.models.text_config import DecoderConfig
+from epd_kernels import apply_rope, rms_norm, silu_mul
 
 if TYPE_CHECKING:
     from epd.models.checkpoint import Checkpoint

@@ -6,16 +6,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from epd_kernels import (
-    Fp8Linear,
-    Fp8Weight,
-    QuantLinear,
-    QuantWeight,
-    Scheme,
-    quantize_fp8,
-    quantize_int8,
-    quantize_weight_fp8,
-)
 from torch.nn import functional
 
 from epd.models.layouts.own import tensors_of
@@ -28,6 +18,16 @@ from epd.quantize.rounding import (
     round_scales,
 )
 from epd.quantize.smoothing import candidates, search
+from epd_kernels import (
+    Fp8Linear,
+    Fp8Weight,
+    QuantLinear,
+    QuantWeight,
+    Scheme,
+    quantize_fp8,
+    quantize_int8,
+    quantize_weight_fp8,
+)
 
 if TYPE_CHECKING:
     from epd.quantize.options import QuantizeOptions

@@ -11,9 +11,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from epd_kernels import QuantWeight
 
 from epd.models.files import problem
+from epd_kernels import QuantWeight
 
 __all__ = ["Grid", "compensated", "fit_grid", "output_error", "per_tensor_scale", "round_scales"]
 
@@ -37,9 +37,7 @@ class Grid:
         return QuantWeight(codes.to(torch.int8).flatten(1), self.scales, self.zeros)
 
 
-def _round(
-    weight: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None
-) -> torch.Tensor:
+def _round(weight: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None) -> torch.Tensor:
     if zeros is None:
         return (weight / scales).round().clamp(-7, 7)
     return ((weight / scales).round() + zeros).clamp(-8, 7)

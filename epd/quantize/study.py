@@ -1,6 +1,6 @@
 """What quantisation costs the built-in model: exact answers on held-out questions, per scheme.
 
-    python -m epd.quantize.study --questions 170 --samples 32 -o docs/eval/quantize.csv
+python -m epd.quantize.study --questions 170 --samples 32 -o docs/eval/quantize.csv
 """
 
 from __future__ import annotations
@@ -26,10 +26,9 @@ from epd.request import SamplingParams
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from epd_pruning.base import VisionInputs
-
     from epd.images import RGBArray
     from epd.models.vision import VisionEncoder
+    from epd_pruning.base import VisionInputs
 
 __all__ = ["Answers", "Measured", "ask", "compare", "main"]
 

@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from epd_kernels import paged_attention
 from timing import Results, copies_beyond_l2, measure_roofs, relative_error
 from torch.nn import functional
+
+from epd_kernels import paged_attention
 
 BLOCK = 16
 TOLERANCE = 8e-3

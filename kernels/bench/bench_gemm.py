@@ -15,6 +15,9 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from timing import Results, copies_beyond_l2, measure_roofs, relative_error
+from torch.nn import functional
+
 from epd_kernels import (
     Format,
     pack,
@@ -24,8 +27,6 @@ from epd_kernels import (
     w4_gemm,
     w4a8_fp8_large,
 )
-from timing import Results, copies_beyond_l2, measure_roofs, relative_error
-from torch.nn import functional
 
 TOKENS = (1, 4, 8, 16, 32, 64, 128, 256, 640, 1024, 2048, 8192)
 SHAPES = ((12288, 4096), (22016, 4096), (28672, 4096), (4096, 11008), (4096, 14336))

@@ -1,6 +1,6 @@
 """A linear layer over FP8 weights with one scale per row, and activations quantised per token.
 
-    y[m, n] = s_x[m] * s_w[n] * sum_k x8[m, k] w8[n, k] + bias[n]
+y[m, n] = s_x[m] * s_w[n] * sum_k x8[m, k] w8[n, k] + bias[n]
 """
 
 from __future__ import annotations
@@ -98,9 +98,7 @@ class Fp8Linear(nn.Module):
         held = [weight.codes, weight.scales, *([] if self.bias is None else [self.bias])]
         return sum(tensor.numel() * tensor.element_size() for tensor in held)
 
-    def _apply(
-        self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True
-    ) -> Fp8Linear:
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Fp8Linear:
         """The weight follows the module's device but never its dtype."""
         device = fn(self.weight.scales).device
         self.weight = Fp8Weight(self.weight.codes.to(device), self.weight.scales.to(device))

@@ -114,9 +114,9 @@ def _decode_ref(
     table = block_tables[:, :num_blocks].long() * seen[:, ::block_size]
     # rows past a sequence's length may hold anything, NaN included: few, so cheaper than a mask
     unseen = (~seen).flatten().nonzero().flatten()
-    k = k_cache[table].flatten(0, 2).index_fill_(0, unseen, 0).unflatten(0, seen.shape)
-    v = v_cache[table].flatten(0, 2).index_fill_(0, unseen, 0).unflatten(0, seen.shape)
-    k, v = k.transpose(1, 2), v.transpose(1, 2)
+    padded = (num_seqs, -1, kv_heads, q.shape[-1])
+    k = k_cache[table].flatten(0, 2).index_fill_(0, unseen, 0).view(padded).transpose(1, 2)
+    v = v_cache[table].flatten(0, 2).index_fill_(0, unseen, 0).view(padded).transpose(1, 2)
     grouped = q.reshape(num_seqs, kv_heads, -1, q.shape[-1])
     out = functional.scaled_dot_product_attention(
         grouped, k, v, attn_mask=seen[:, None, None], scale=scale

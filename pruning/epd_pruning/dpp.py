@@ -10,8 +10,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from epd_kernels import greedy_dpp as kernel
 from torch import Tensor
+
+from epd_kernels import greedy_dpp as kernel
 
 __all__ = ["RESIDUAL_EPS", "GreedyOrder", "greedy_dpp"]
 

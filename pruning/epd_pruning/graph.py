@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from typing import Literal
 
-from epd_kernels import graph_score as kernel
 from torch import Tensor
 
+from epd_kernels import graph_score as kernel
 from epd_pruning.errors import PruningError
 
 __all__ = ["GraphMode", "graph_score", "parse_tau"]

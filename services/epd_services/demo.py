@@ -199,16 +199,17 @@ def _show_types(results: Sequence[Result]) -> None:
 
 
 def write_report(path: Path, results: Sequence[Result], **facts: Any) -> None:
-    """Write everything about a run as JSON: `facts`, the score, each type, each answer."""
+    """Write a run as JSON: `facts`, the score, each type, each answer (of many, the wrong ones)."""
     right = sum(result.right for result in results)
     types: dict[str, dict[str, int]] = {}
     for result in results:
         entry = types.setdefault(result.type, {"asked": 0, "right": 0})
         entry["asked"] += 1
         entry["right"] += result.right
+    told = results if len(results) <= _FEW else [r for r in results if not r.right]
     report = {
         **facts, "questions": len(results), "right": right, "accuracy": right / len(results),
-        "types": types, "answers": [asdict(result) for result in results],
+        "types": types, "answers": [asdict(result) for result in told],
     }  # fmt: skip
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -10,9 +10,6 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from epd_pruning import layer_pruner
-from epd_pruning.layer_base import LayerPruner
-from epd_pruning.schedule import Schedule, fit_average
 
 from epd.config import EngineConfig
 from epd.core import EngineCore, KeptTokens, NewSequence
@@ -21,6 +18,9 @@ from epd.models.decoder import Decoder, DecoderConfig
 from epd.request import SamplingParams
 from epd.scheduler import Plan, Scheduler
 from epd.sequence import Sequence, SequenceState
+from epd_pruning import layer_pruner
+from epd_pruning.layer_base import LayerPruner
+from epd_pruning.schedule import Schedule, fit_average
 
 
 @dataclass

@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from epd_pruning import available
-from epd_pruning.layer_base import LayerInputs, LayerPruner
 from torch import Tensor
 
 from epd.models.decoder import Decoder
 from epd.request import SamplingParams
+from epd_pruning import available
+from epd_pruning.layer_base import LayerInputs, LayerPruner
 
 
 def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -8,12 +8,12 @@ from typing import Any
 import msgspec
 import pytest
 import torch
-from epd_pruning import available
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from epd.core import EngineCore
 from epd.kv.handoff import KVHandoff
+from epd_pruning import available
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from epd_pruning import available, layer_pruner
-from epd_pruning.schedule import Schedule
 from torch import Tensor
 
 from epd.config import EngineConfig
@@ -21,6 +19,8 @@ from epd.models.decoder import Decoder, DecoderConfig, Stream
 from epd.models.layer_pruning import SCHEDULE_FILE, resolve_layer_pruner
 from epd.request import SamplingParams, TokenOutput
 from epd.sequence import Sequence
+from epd_pruning import available, layer_pruner
+from epd_pruning.schedule import Schedule
 
 IMAGE, SIZE, MARK = 3, 24, 1e4
 CONFIG = DecoderConfig(

@@ -8,7 +8,6 @@ from typing import Any
 
 import msgspec
 import pytest
-from epd_pruning.selection import keep_count
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -16,6 +15,7 @@ from epd.errors import InvalidRequestError
 from epd.pruning_policy import PruningPolicy, check_served, simplify
 from epd.pruning_spec import PruningSpec, count_of
 from epd.queries import QUERY_CHARS, image_queries
+from epd_pruning.selection import keep_count
 
 SCRIPT = {"method": "script", "keep": 0.25}
 

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from epd_kernels import QuantWeight, quantize_weight, quantize_weight_fp8
 from safetensors.torch import save_file
 
 from epd.errors import CheckpointError
@@ -18,6 +17,7 @@ from epd.models.layouts import is_quantized, read_linear
 from epd.models.layouts.own import tensors_of
 from epd.models.layouts.source import LayerSource
 from epd.models.quantization import Quantization
+from epd_kernels import QuantWeight, quantize_weight, quantize_weight_fp8
 
 if TYPE_CHECKING:
     from collections.abc import Callable

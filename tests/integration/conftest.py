@@ -22,9 +22,10 @@ from typing import Any
 import httpx
 import pytest
 import yaml
+from PIL import Image
+
 from epd_services.settings import Settings, load_settings
 from epd_services.supervisor import Supervisor
-from PIL import Image
 
 
 @dataclass

@@ -16,6 +16,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
+
 from epd_services.settings import Settings
 
 ROOT = Path(__file__).parents[2]

@@ -10,9 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from epd_services.gateway.dispatch_api import ImagePixels, Submission
-from epd_services.gateway.dispatcher import DispatchLimits
-from epd_services.local_pipeline import LocalPipeline
 
 from epd.config import EngineConfig
 from epd.core import EngineCore, NewSequence
@@ -22,6 +19,9 @@ from epd.models.decoder import Decoder
 from epd.models.tiny import write_tiny_llava
 from epd.models.vision import VisionEncoder
 from epd.request import SamplingParams
+from epd_services.gateway.dispatch_api import ImagePixels, Submission
+from epd_services.gateway.dispatcher import DispatchLimits
+from epd_services.local_pipeline import LocalPipeline
 
 CONFIG = EngineConfig(num_blocks=128, max_batched_tokens=64, max_num_seqs=32)
 _ids = itertools.count()

@@ -11,8 +11,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from epd_services.gateway.dispatcher import DispatchLimits
-from epd_services.local_pipeline import LocalPipeline
 
 from epd import LLM, SamplingParams
 from epd.config import EngineConfig
@@ -21,6 +19,8 @@ from epd.models.tiny import write_tiny_llava, write_tiny_text_tower
 from epd.pruning_policy import PruningPolicy
 from epd.pruning_spec import PruningSpec
 from epd.request import Usage
+from epd_services.gateway.dispatcher import DispatchLimits
+from epd_services.local_pipeline import LocalPipeline
 
 CONFIG = EngineConfig(num_blocks=128, max_batched_tokens=64, max_num_seqs=32)
 TOKENS = 12

@@ -11,9 +11,6 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
-from epd_pruning.base import TokenPruner
-from epd_pruning.registry import available
-from epd_services.local_pipeline import LocalPipeline
 
 from epd import LLM, SamplingParams
 from epd.cache.memory import MemoryCache
@@ -23,6 +20,9 @@ from epd.demo.examples import held_out
 from epd.models.tiny import write_tiny_llava, write_tiny_text_tower
 from epd.pruning_spec import PruningSpec
 from epd.request import Usage
+from epd_pruning.base import TokenPruner
+from epd_pruning.registry import available
+from epd_services.local_pipeline import LocalPipeline
 
 CONFIG = EngineConfig(num_blocks=128, max_batched_tokens=64, max_num_seqs=32)
 TOKENS = 12

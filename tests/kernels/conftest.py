@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+
 from epd_kernels.launch import INTERPRETED, triton
 
 if TYPE_CHECKING:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from epd_kernels import quantize_fp8, quantize_int8
 from epd_kernels.activations import quantize_fp8_ref, quantize_int8_ref
 

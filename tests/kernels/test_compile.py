@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from epd_kernels.launch import triton
 
 CHILD = Path(__file__).with_name("compile_for_hopper.py")

@@ -6,13 +6,15 @@ from typing import Any
 
 import pytest
 import torch
+
 from epd_kernels import FormatError, Fp8Linear, Fp8Weight, quantize_weight_fp8
 
 
 def test_a_weight_is_rounded_per_row() -> None:
-    weight = torch.randn(8, 64, generator=torch.Generator().manual_seed(0)) * torch.arange(1.0, 9)[
-        :, None
-    ]
+    weight = (
+        torch.randn(8, 64, generator=torch.Generator().manual_seed(0))
+        * torch.arange(1.0, 9)[:, None]
+    )
     rounded = quantize_weight_fp8(weight)
     torch.testing.assert_close(rounded.scales, weight.abs().amax(1) / 448)
     error = (rounded.dequantize() - weight).abs()

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+
 from epd_kernels.graph_score import BINS
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from epd_kernels import FormatError
 from epd_kernels.activations import group_sums, quantize_fp8
 from epd_kernels.kv_int4 import dequantize_kv, quantize_kv

@@ -8,6 +8,7 @@ from itertools import accumulate
 
 import pytest
 import torch
+
 from epd_kernels import paged_attention
 from epd_kernels.paged_attention import num_splits, paged_attention_ref
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.nn import functional
+
 from epd_kernels import FormatError, QuantLinear, Scheme, add_rms_norm, add_rms_norm_quant
 from epd_kernels.activations import quantize_fp8, quantize_int8
 from epd_kernels.packing import Format, quantize_weight
-from torch.nn import functional
 
 QUANTIZE = {Scheme.W4A8_FP8: quantize_fp8, Scheme.W4A8_INT8: quantize_int8}
 

@@ -6,6 +6,7 @@ from itertools import product
 
 import pytest
 import torch
+
 from epd_kernels import FormatError
 from epd_kernels.activations import quantize_fp8, quantize_int8
 from epd_kernels.launch import GemmConfig

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
 from epd_pruning.calibrate import (
     calibrated_schedule,
     change_points,
@@ -11,8 +14,6 @@ from epd_pruning.calibrate import (
     shift_histogram,
 )
 from epd_pruning.errors import PruningError
-from hypothesis import given
-from hypothesis import strategies as st
 
 
 def test_change_points_minimise_the_squared_error_of_two_levels() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from epd_pruning.base import VisionInputs
 from epd_pruning.controls import LowResolution, Random, UniformStride
 from epd_pruning.errors import PruningError

@@ -6,9 +6,10 @@ from itertools import combinations, pairwise
 
 import pytest
 import torch
+from torch import Tensor
+
 from epd_pruning.dpp import greedy_dpp
 from epd_pruning.selection import cosine_matrix
-from torch import Tensor
 
 
 def features(seed: int, count: int = 20, width: int = 32) -> Tensor:

@@ -6,11 +6,12 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
+from torch import Tensor
+
 from epd_pruning import available, layer_pruner
 from epd_pruning.layer_base import LayerInputs, LayerPruner
 from epd_pruning.positions import PositionPolicy, place
 from epd_pruning.schedule import Schedule
-from torch import Tensor
 
 LAYERS, HEADS, KV_HEADS, HEAD, WIDTH = 4, 4, 2, 8, 32
 BEFORE, VISION, TEXT, NEW = 3, 24, 7, 32

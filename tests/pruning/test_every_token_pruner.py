@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+
 from epd_pruning import available, token_pruner
 from epd_pruning.base import TokenPruner, VisionInputs
 from epd_pruning.registry import fingerprint

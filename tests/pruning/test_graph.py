@@ -6,10 +6,11 @@ import math
 
 import pytest
 import torch
+from torch import Tensor
+
 from epd_pruning.errors import PruningError
 from epd_pruning.graph import graph_score, parse_tau
 from epd_pruning.selection import cosine_matrix, stable_top_k
-from torch import Tensor
 
 
 def tokens(seed: int, count: int = 33, width: int = 16) -> Tensor:

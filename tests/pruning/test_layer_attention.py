@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from epd_pruning.attention import attention_lse, received_and_given, weighted_attention
 from torch import Tensor
+
+from epd_pruning.attention import attention_lse, received_and_given, weighted_attention
 
 SHAPES = [(1, 1, 6, 5), (4, 2, 40, 17), (8, 1, 300, 140), (6, 6, 260, 1)]
 IDS = [f"H{h}-KV{kv}-V{v}-T{t}" for h, kv, v, t in SHAPES]

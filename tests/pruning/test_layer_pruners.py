@@ -6,6 +6,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import Tensor
+
 from epd_pruning import PruningError, available, fingerprint, layer_pruner
 from epd_pruning.adaptinfer import AdaptInfer
 from epd_pruning.dart import least_duplicated
@@ -14,7 +16,6 @@ from epd_pruning.layer_rivals import DartLayer, FastV, PyramidDrop
 from epd_pruning.schedule import Schedule
 from epd_pruning.selection import cosine_matrix, stable_top_k
 from epd_pruning.sparsevlm import SparseVLM, density_peak_means, num_recycled
-from torch import Tensor
 
 ONE = Schedule((1,), (7,))
 

@@ -6,6 +6,8 @@ import math
 
 import pytest
 import torch
+from torch import Tensor
+
 from epd_pruning.errors import PruningError
 from epd_pruning.positions import (
     PositionPolicy,
@@ -13,7 +15,6 @@ from epd_pruning.positions import (
     group_sizes,
     place,
 )
-from torch import Tensor
 
 SURVIVORS = torch.tensor([0, 1, 4, 9, 12, 13])
 

@@ -9,10 +9,11 @@ from typing import ClassVar
 
 import pytest
 import torch
+from torch import Tensor
+
 from epd_pruning import PruningError, available, fingerprint, token_pruner
 from epd_pruning.base import ImagePruner, Pool, QueryPruner, TokenPruner, VisionInputs
 from epd_pruning.controls import Random, UniformStride
-from torch import Tensor
 
 
 @dataclass(frozen=True)

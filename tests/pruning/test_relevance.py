@@ -6,11 +6,12 @@ import math
 
 import pytest
 import torch
+from torch import Tensor
+
 from epd_pruning.base import VisionInputs
 from epd_pruning.cdpruner import CDPruner
 from epd_pruning.errors import PruningError
 from epd_pruning.relevance import FLOOR, RelevanceOnly, raw_relevance, shape_relevance
-from torch import Tensor
 
 
 def rows(seed: int, count: int = 10, width: int = 6) -> Tensor:

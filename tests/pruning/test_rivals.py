@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor
+
 from epd_pruning.base import VisionInputs
 from epd_pruning.cdpruner import CDPruner
 from epd_pruning.dart import Dart, least_duplicated
@@ -12,7 +14,6 @@ from epd_pruning.errors import PruningError
 from epd_pruning.selection import cosine_matrix
 from epd_pruning.visionzip import VisionZip
 from epd_pruning.vispruner import VisPruner
-from torch import Tensor
 
 
 def rows(seed: int, count: int = 30, width: int = 24) -> Tensor:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
 from epd_pruning.accounting import DecoderShape, count_tokens, kv_bytes, prefill_macs
 from epd_pruning.adaptinfer import AdaptInfer
 from epd_pruning.errors import PruningError
 from epd_pruning.layer_rivals import FastV, PyramidDrop
 from epd_pruning.schedule import Schedule, fit_average
 from epd_pruning.sparsevlm import SparseVLM
-from hypothesis import given
-from hypothesis import strategies as st
 
 LLAVA_7B = DecoderShape(32, 4096, 11008, 32, 32, 128)
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+
 from epd_pruning.base import VisionInputs
 from epd_pruning.cdpruner import CDPruner, Diverse
 from epd_pruning.dpp import greedy_dpp

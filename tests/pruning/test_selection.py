@@ -8,6 +8,9 @@ from itertools import pairwise
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
 from epd_pruning.errors import PruningError
 from epd_pruning.selection import (
     cosine_matrix,
@@ -17,8 +20,6 @@ from epd_pruning.selection import (
     stable_top_k,
     unit_rows,
 )
-from hypothesis import given
-from hypothesis import strategies as st
 
 
 @given(st.lists(st.integers(-3, 3), min_size=1, max_size=40), st.booleans(), st.data())

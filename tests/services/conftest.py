@@ -19,16 +19,16 @@ import openai
 import pytest
 import structlog
 import uvicorn
-from epd_services.gateway.app import create_app
-from epd_services.gateway.fake import FakeDispatcher, Script
-from epd_services.gateway.fetch import ImageFetcher
-from epd_services.gateway.server import server_config
-from epd_services.gateway.settings import GatewaySettings
 from PIL import Image
 
 from epd.chat import ChatFormatter
 from epd.demo import CHECKPOINT
 from epd.models.card import ModelCard
+from epd_services.gateway.app import create_app
+from epd_services.gateway.fake import FakeDispatcher, Script
+from epd_services.gateway.fetch import ImageFetcher
+from epd_services.gateway.server import server_config
+from epd_services.gateway.settings import GatewaySettings
 
 MODEL = "demo"
 

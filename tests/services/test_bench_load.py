@@ -10,12 +10,12 @@ import time
 from typing import Any
 
 import pytest
-from epd_services.bench import plan_bench
-from epd_services.bench_load import Arrival, Load, Outcome, Picture, drive, plan_load, summarise
-from epd_services.client import Reply
 from PIL import Image
 
 from epd.errors import ConfigError
+from epd_services.bench import plan_bench
+from epd_services.bench_load import Arrival, Load, Outcome, Picture, drive, plan_load, summarise
+from epd_services.client import Reply
 
 
 def load(rate: float, count: int, *, repeat: float = 0.0, seed: int = 0) -> Load:

@@ -10,16 +10,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from epd_services import offline_bench
-from epd_services.bench_load import Picture
-from epd_services.bench_reference import expected_answers, generate_sequentially
-from epd_services.offline_bench import Workload, run_offline_bench
-from epd_services.offline_pipeline import OfflinePipeline, Sizes
 from PIL import Image
 
 from epd.errors import CheckpointError, ConfigError
 from epd.models.card import ModelCard
 from epd.models.tiny import write_tiny_llava
+from epd_services import offline_bench
+from epd_services.bench_load import Picture
+from epd_services.bench_reference import expected_answers, generate_sequentially
+from epd_services.offline_bench import Workload, run_offline_bench
+from epd_services.offline_pipeline import OfflinePipeline, Sizes
 
 SHAPES = Path(__file__).parents[2] / "docs" / "bench" / "configs" / "llava-1.5-7b"
 ABSENT = ("zmq", "redis", "fastapi", "pydantic", "pydantic_settings", "uvicorn", "httpx")

@@ -7,9 +7,10 @@ import math
 from pathlib import Path
 
 import pytest
-from epd_services.bench_rows import machine, markdown, percentile, write_csv
 from hypothesis import given
 from hypothesis import strategies as st
+
+from epd_services.bench_rows import machine, markdown, percentile, write_csv
 
 
 @given(st.lists(st.floats(-1e6, 1e6), min_size=1), st.floats(0.1, 100))

@@ -10,11 +10,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from epd_services.cli.app import app
-from epd_services.stack import free_port
 from typer.testing import CliRunner, Result
 
 from epd.demo import CHECKPOINT
+from epd_services.cli.app import app
+from epd_services.stack import free_port
 
 HEAVY = ("torch", "transformers", "fastapi", "pydantic", "pydantic_settings", "uvicorn", "httpx")
 

@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import httpx
 import pytest
+
 from epd_services.cli import ask as ask_module
 from epd_services.client import ChatClient, Reply, data_url
 

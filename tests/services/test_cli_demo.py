@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
+
 from epd_services import demo
 from epd_services.client import Reply
 from epd_services.demo import Question, Result, ask_all, draw_questions, passed, write_report
-from PIL import Image
 
 
 @pytest.fixture(autouse=True)

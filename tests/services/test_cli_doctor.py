@@ -8,10 +8,11 @@ import socket
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
+
 from epd_services.cli import doctor
 from epd_services.cli.app import app
 from epd_services.stack import free_port
-from typer.testing import CliRunner
 
 
 @pytest.fixture(autouse=True)

@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import pytest
-from epd_services.cli.app import app
 from typer.testing import CliRunner
 
 from epd.models.card import ModelCard
 from epd.models.tiny import write_tiny_llava
+from epd_services.cli.app import app
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -10,15 +10,15 @@ import socket
 from pathlib import Path
 
 import pytest
+
+from epd.demo import CHECKPOINT
+from epd.errors import ConfigError
+from epd.models.card import ModelCard
 from epd_services.cli import serve as serve_module
 from epd_services.cli.terminal import three_lines
 from epd_services.settings import Settings, load_settings
 from epd_services.stack import Stack, first_api_key, free_port, port_problem
 from epd_services.stack import _reason as reason
-
-from epd.demo import CHECKPOINT
-from epd.errors import ConfigError
-from epd.models.card import ModelCard
 
 
 @pytest.fixture(autouse=True)

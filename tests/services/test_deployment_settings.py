@@ -13,16 +13,16 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from epd_services.cli.app import app
-from epd_services.cli.terminal import three_lines
-from epd_services.health import problem
-from epd_services.settings import Settings
 from typer.testing import CliRunner
 
 from epd.cache.factory import open_cache
 from epd.errors import ConfigError
 from epd.roles import StageSet
 from epd.transport import reachable
+from epd_services.cli.app import app
+from epd_services.cli.terminal import three_lines
+from epd_services.health import problem
+from epd_services.settings import Settings
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.7", "gateway", ""])

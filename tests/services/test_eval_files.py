@@ -9,12 +9,12 @@ from typing import Any
 
 import msgspec
 import pytest
-from epd_services.evaluation.journal import Cell, Journal, RunFacts, Tokens
-from epd_services.evaluation.plot import check_plotting, write_plot
-from epd_services.evaluation.questions import load_bench
 from PIL import Image
 
 from epd.errors import ConfigError
+from epd_services.evaluation.journal import Cell, Journal, RunFacts, Tokens
+from epd_services.evaluation.plot import check_plotting, write_plot
+from epd_services.evaluation.questions import load_bench
 
 FACTS = RunFacts(
     model="m", revision="r", bench="b", bench_digest="d", questions=4, seed=1, device="cpu",

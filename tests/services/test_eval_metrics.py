@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+
+from epd.errors import ConfigError
 from epd_pruning.accounting import DecoderShape
 from epd_pruning.errors import PruningError
 from epd_pruning.registry import layer_pruner
@@ -19,8 +21,6 @@ from epd_services.evaluation.metrics import (
 )
 from epd_services.evaluation.questions import matches
 from epd_services.evaluation.table import Result, rows, unfit
-
-from epd.errors import ConfigError
 
 SHAPE = DecoderShape(
     num_layers=4, hidden_size=8, intermediate_size=16, num_heads=2, num_kv_heads=1, head_dim=4

@@ -9,6 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+
+from epd import LLM, SamplingParams
+from epd.models.tiny import write_tiny_llava, write_tiny_text_tower
+from epd.sequence import expand_images
 from epd_pruning.schedule import Schedule
 from epd_services.evaluation.attention_dump import text_to_vision
 from epd_services.evaluation.calibrate import find_schedule
@@ -17,11 +22,6 @@ from epd_services.evaluation.journal import Journal
 from epd_services.evaluation.laboratory import Laboratory
 from epd_services.evaluation.methods import parse_methods
 from epd_services.evaluation.questions import load_bench
-from PIL import Image
-
-from epd import LLM, SamplingParams
-from epd.models.tiny import write_tiny_llava, write_tiny_text_tower
-from epd.sequence import expand_images
 
 METHODS = "random,script,low_resolution,fastv[layers=0],dpp+adaptinfer[layers=[0,2]]"
 

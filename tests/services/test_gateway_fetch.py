@@ -13,10 +13,10 @@ import time
 from contextlib import contextmanager
 
 import pytest
-from epd_services.gateway.fetch import FetchLimits, ImageFetcher, is_public, parse_url
 from PIL import Image
 
 from epd.errors import MediaError
+from epd_services.gateway.fetch import FetchLimits, ImageFetcher, is_public, parse_url
 
 LOOPBACK = ipaddress.ip_address("127.0.0.1")
 

@@ -7,10 +7,11 @@ import resource
 import time
 
 import pytest
-from epd_services.gateway.fake import FakeDispatcher
-from epd_services.gateway.schemas import ChatRequest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
+from epd_services.gateway.fake import FakeDispatcher
+from epd_services.gateway.schemas import ChatRequest
 
 MARK = "zq-mark-zq"
 BOUNDED = settings(

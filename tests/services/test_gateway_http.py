@@ -11,12 +11,12 @@ import sys
 import time
 
 import pytest
-from epd_services.gateway.auth import ApiKeys
-from epd_services.gateway.fake import FakeDispatcher
-from epd_services.gateway.schemas import parse_chat_request
 from prometheus_client.parser import text_string_to_metric_families
 
 from epd.errors import ConfigError, UnavailableError
+from epd_services.gateway.auth import ApiKeys
+from epd_services.gateway.fake import FakeDispatcher
+from epd_services.gateway.schemas import parse_chat_request
 
 OPEN = {"/", "/live", "/ready", "/health"}
 ROUTES = {

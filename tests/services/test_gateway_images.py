@@ -14,10 +14,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from epd_services.gateway.images import DecodeLimits, ImageDecoder
 from PIL import Image
 
 from epd.errors import CapacityError, EPDError, MediaError
+from epd_services.gateway.images import DecodeLimits, ImageDecoder
 
 RNG = np.random.default_rng(7)
 SCENE = np.repeat(np.repeat(RNG.integers(0, 256, (8, 12, 3), dtype=np.uint8), 4, 0), 4, 1)

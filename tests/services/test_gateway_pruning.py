@@ -6,15 +6,15 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from epd_services.gateway.fake import FakeDispatcher
-from epd_services.gateway.metrics import GatewayMetrics
-from epd_services.gateway.settings import GatewaySettings
-from epd_services.settings import load_settings
 
 from epd.demo import CHECKPOINT
 from epd.errors import ConfigError
 from epd.models.card import ModelCard
 from epd.pruning_spec import PruningSpec
+from epd_services.gateway.fake import FakeDispatcher
+from epd_services.gateway.metrics import GatewayMetrics
+from epd_services.gateway.settings import GatewaySettings
+from epd_services.settings import load_settings
 
 SCRIPT = {"method": "script", "keep": 0.25}
 

@@ -8,10 +8,10 @@ import socket
 import time
 
 import pytest
-from epd_services.gateway.fake import FakeDispatcher, Script
 
 from epd.errors import DeadlineError, UnavailableError, WorkerFailedError
 from epd.request import FinishReason
+from epd_services.gateway.fake import FakeDispatcher, Script
 
 LONG = Script(token_ids=tuple([5] * 5000), delay=0.01)
 

@@ -1,16 +1,16 @@
 """The `gemm` layout of AWQ checkpoints: packed along N in an interleaved order.
 
-    qweight int32 [K, N / 8]   nibble i of word c is column 8c + (0, 2, 4, 6, 1, 3, 5, 7)[i]
-    qzeros  int32 [G, N / 8]   the same order
-    scales  fp16  [G, N]       w[k, n] = (u - z) * scales[g, n]
+qweight int32 [K, N / 8]   nibble i of word c is column 8c + (0, 2, 4, 6, 1, 3, 5, 7)[i]
+qzeros  int32 [G, N / 8]   the same order
+scales  fp16  [G, N]       w[k, n] = (u - z) * scales[g, n]
 """
 
 from __future__ import annotations
 
 import torch
-from epd_kernels import QuantWeight
 
 from epd.models.layouts.source import LayerSource, nibbles, to_signed
+from epd_kernels import QuantWeight
 
 __all__ = ["ORDER", "read"]
 

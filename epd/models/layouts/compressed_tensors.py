@@ -12,9 +12,9 @@ with `weight_scale` `[N, K / g]`, `[N, 1]` or, for FP8, a single number.
 from __future__ import annotations
 
 import torch
-from epd_kernels import Fp8Weight, QuantWeight
 
 from epd.models.layouts.source import LayerSource, nibbles, to_signed
+from epd_kernels import Fp8Weight, QuantWeight
 
 __all__ = ["read"]
 

@@ -10,9 +10,9 @@ The first version stores z - 1, the second z; `Quantization.zero_offset` says wh
 from __future__ import annotations
 
 import torch
-from epd_kernels import QuantWeight
 
 from epd.models.layouts.source import LayerSource, nibbles, to_signed
+from epd_kernels import QuantWeight
 
 __all__ = ["read"]
 

@@ -11,9 +11,9 @@ FP8 weights are stored as compressed-tensors stores them: `weight` e4m3, `weight
 from __future__ import annotations
 
 import torch
-from epd_kernels import Fp8Weight, QuantWeight
 
 from epd.models.layouts.source import LayerSource
+from epd_kernels import Fp8Weight, QuantWeight
 
 __all__ = ["read", "tensors_of"]
 

@@ -15,9 +15,9 @@ from __future__ import annotations
 from functools import cache
 
 import torch
-from epd_kernels import QuantWeight
 
 from epd.models.layouts.source import LayerSource, nibbles, to_signed
+from epd_kernels import QuantWeight
 
 __all__ = ["permutation", "read"]
 

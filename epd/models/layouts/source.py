@@ -75,9 +75,7 @@ class LayerSource:
 _STRAIGHT = (0, 1, 2, 3, 4, 5, 6, 7)
 
 
-def nibbles(
-    words: torch.Tensor, dim: int, order: tuple[int, ...] = _STRAIGHT
-) -> torch.Tensor:
+def nibbles(words: torch.Tensor, dim: int, order: tuple[int, ...] = _STRAIGHT) -> torch.Tensor:
     """uint4 values, int32, of `words` int32: eight along `dim` for each word.
 
     Bits 4i to 4i + 3 of a word hold element `order[i]` of its eight.

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from epd_kernels import FormatError, Fp8Weight, QuantWeight
 
 from epd.models.layouts import awq, compressed_tensors, gptq, own, qqq
 from epd.models.layouts.source import LayerSource
+from epd_kernels import FormatError, Fp8Weight, QuantWeight
 
 __all__ = ["StoredLayer", "StoredWeight", "is_quantized", "read_linear"]
 

@@ -20,9 +20,7 @@ def quantize(
     group_size: int | None, nearest: bool, rotate: bool,
 ) -> int:  # fmt: skip
     """0, once the quantised checkpoint is at `out`; raises `EPDError` for what cannot be done."""
-    options = QuantizeOptions(
-        scheme=scheme, group_size=group_size, nearest=nearest, rotate=rotate
-    )
+    options = QuantizeOptions(scheme=scheme, group_size=group_size, nearest=nearest, rotate=rotate)
     from epd.demo import CHECKPOINT
     from epd.models.card import ModelCard
     from epd.quantize.run import REPORT, calibration_samples, quantize_model

@@ -159,7 +159,10 @@ class PipelineDispatcher:
                 "heartbeat_age_s": round(now - w.last_seen, 3),
                 **{name: getattr(w.stats, name) for name in w.stats.__struct_fields__},
             }
-            for w in sorted(self._membership.workers.values(), key=lambda w: w.worker_id)
+            for w in sorted(
+                self._membership.workers.values(),
+                key=lambda w: (_stage_order(w.stages), w.worker_id),
+            )
         ]
         return {
             "topology": format_topology(
