@@ -45,7 +45,8 @@ def test_positions_run_ahead_of_the_kv_where_tokens_were_pruned():
         ("output_token_ids", [7, 8, 9, 10, 11]), ("kv_lengths", [5]), ("kv_lengths", [6, 3]),
         ("kv_lengths", [4, 3]), ("kv_lengths", [5, 6]), ("kv_lengths", [5, 0]),
         ("kv_lengths", [5, -1]), ("next_pos", 4), ("next_pos", 9), ("next_pos", 0),
-        ("next_pos", -1), ("next_pos", 1 << 40), ("sampling", SamplingParams(temperature=float("nan"))),
+        ("next_pos", -1), ("next_pos", 1 << 40),
+        ("sampling", SamplingParams(temperature=float("nan"))),
         ("sampling", SamplingParams(max_tokens=2)),
     ],
 )  # fmt: skip
