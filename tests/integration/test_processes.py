@@ -19,7 +19,7 @@ from epd.cache.server import find_server
 from epd.models.tiny import write_tiny_llava
 
 QUESTION = "what is it"
-TOKENS = 160
+TOKENS = 400
 
 
 def pictures(count: int) -> list[Image.Image]:
@@ -64,17 +64,21 @@ def check(replies: list[Any], expected: list[str]) -> None:
         assert reply.usage["completion_tokens"] == TOKENS
 
 
-BUSY = {"encode-0": "encode_queue", "prefill-0": "kv_leases"}
-
-
 async def under_load(
-    stack: Any, count: int, accident: Callable[[], None], victim: str = "decode-0"
+    stack: Any, count: int, accident: Callable[[], None], victim: str = ""
 ) -> list[Any]:
-    """`count` requests at once, and an accident once `victim` is seen at work."""
+    """`count` requests at once, and an accident while they run and `victim` has some of them.
+
+    Encoding and prefill take milliseconds: their worker is frozen first, so that it has work.
+    """
+    quick = victim.startswith(("encode", "prefill"))
+    if quick:
+        stack.kill(victim, signal.SIGSTOP)
     running = asyncio.create_task(stack.all(bodies(stack, count)))
     while not running.done():
-        seen = {w["name"]: w for w in (await asyncio.to_thread(stack.pipeline))["workers"]}
-        if seen.get(victim, {}).get(BUSY.get(victim, "running")):
+        seen = await asyncio.to_thread(stack.pipeline)
+        busy = {w["name"] for w in seen["workers"] if w["running"]}
+        if seen["inflight"] and (quick or not victim or victim in busy):
             break
     assert not running.done()
     accident()
@@ -100,7 +104,8 @@ def test_a_frozen_worker_counts_as_dead_and_its_late_words_are_dropped(
     stack: Any, expected: list[str]
 ) -> None:
     stack.wait_ready()
-    replies = asyncio.run(under_load(stack, 24, lambda: stack.kill("decode-0", signal.SIGSTOP)))
+    freeze = under_load(stack, 24, lambda: stack.kill("decode-0", signal.SIGSTOP), "decode-0")
+    replies = asyncio.run(freeze)
     stack.kill("decode-0", signal.SIGCONT)
     check(replies, expected)
     stack.wait_ready()
@@ -144,11 +149,11 @@ def test_clients_that_leave_give_everything_back(stack: Any) -> None:
     raise AssertionError(seen)
 
 
-def test_no_frame_was_refused_and_no_token_came_out_of_turn(stack: Any) -> None:
+def test_no_frame_was_refused_and_no_token_came_twice(stack: Any) -> None:
     seen = stack.pipeline()
     odd = {k: v for k, v in seen["frames_rejected"].items() if k not in _AFTER_ACCIDENTS}
     assert odd == {}
-    assert seen["counters"].get("out_of_turn", 0) == 0
+    assert seen["counters"].get("repeated_tokens", 0) == 0
 
 
 # a worker declared dead may still speak until it hears of it

@@ -133,6 +133,7 @@ class Attempts:
         if wait:
             await asyncio.sleep(wait)
         record.encoders.clear()
+        record.early.clear()
         record.adopted = False
         items = record.request.mm_items
         cached = [False] * len(items)

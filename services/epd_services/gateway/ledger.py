@@ -31,6 +31,7 @@ class Record:
     budget: int | None = None
     events: asyncio.Queue[TokensEvent | EPDError] = field(default_factory=asyncio.Queue)
     outputs: list[TokenOutput] = field(default_factory=list)
+    early: dict[int, tuple[TokenOutput, FinishReason | None]] = field(default_factory=dict)
     attempt: int = 0
     failures: int = 0
     prefill: str = ""
@@ -53,7 +54,20 @@ class Record:
         """Whether the current attempt cannot end without `worker` (encoders apart)."""
         return worker == self.decode or (worker == self.prefill and not self.adopted)
 
-    def token(self, output: TokenOutput, reason: FinishReason | None) -> None:
+    def take(self, output: TokenOutput, reason: FinishReason | None) -> bool:
+        """Take in a token of the current attempt; whether the answer is complete now.
+
+        The first token comes from the prefill worker and the next from the decode worker, over
+        different connections: one that overtakes another waits for it.
+        """
+        self.early[output.index] = (output, reason)
+        while (turn := self.early.pop(len(self.outputs), None)) is not None:
+            self._token(*turn)
+            if turn[1] is not None:
+                return True
+        return False
+
+    def _token(self, output: TokenOutput, reason: FinishReason | None) -> None:
         """Append the next token and tell whoever waits."""
         self.outputs.append(output)
         self.timeline.token()

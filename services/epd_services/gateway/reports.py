@@ -111,14 +111,13 @@ class Reports:
             record = self._attempts.records.get(token.request_id)
             if record is None or record.attempt != token.attempt:
                 self._stale(envelope.sender, token.request_id, token.attempt)
-            elif token.output.index != len(record.outputs):
-                self._attempts.counters["out_of_turn"] += 1
-            else:
-                reason = FinishReason(token.finish_reason) if token.finish_reason else None
-                if reason is not None:
-                    self._attempts.forget(record)
-                    self._attempts.counters["finished"] += 1
-                record.token(token.output, reason)
+                continue
+            reason = FinishReason(token.finish_reason) if token.finish_reason else None
+            if token.output.index < len(record.outputs):
+                self._attempts.counters["repeated_tokens"] += 1
+            elif record.take(token.output, reason):
+                self._attempts.forget(record)
+                self._attempts.counters["finished"] += 1
 
     def _evicted(self, envelope: Envelope, message: Evicted, _: tuple[Blob, ...]) -> None:
         if record := self._current(envelope, message):
