@@ -10,6 +10,7 @@ from epd_pruning.accounting import DecoderShape
 from epd_pruning.errors import PruningError
 from epd_pruning.registry import layer_pruner
 from epd_pruning.schedule import Schedule
+from epd_services.evaluation.answering import Answers
 from epd_services.evaluation.costs import Prompt, average_costs, layer_schedule
 from epd_services.evaluation.journal import Cell, Tokens
 from epd_services.evaluation.methods import ALL_METHODS, parse_budgets, parse_methods
@@ -74,6 +75,11 @@ def test_accuracy_by_type_keeps_order_and_text_types_gate() -> None:
 )
 def test_matches_up_to_case_space_and_full_stop(text: str, answer: str, same: bool) -> None:
     assert matches(text, answer) is same
+
+
+def test_seconds_are_those_of_the_median_wave() -> None:
+    waves = [{"prefill": 0.1, "decode": 1.0}, {"prefill": 9.0, "decode": 0.5}, {"prefill": 0.3}]
+    assert Answers(waves=waves).seconds == {"prefill": 0.3, "decode": 0.5}
 
 
 def cell(method: str, budget: float, right: str) -> Cell:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from statistics import median
 from typing import TYPE_CHECKING
 
 import torch
@@ -41,10 +42,16 @@ class Selected:
 
 @dataclass(slots=True)
 class Answers:
-    """Texts in the order of the questions, and seconds by stage for all of them together."""
+    """Texts in the order of the questions, and by stage the seconds of a question in each wave."""
 
     texts: list[str] = field(default_factory=list)
-    seconds: dict[str, float] = field(default_factory=dict)
+    waves: list[dict[str, float]] = field(default_factory=list)
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Per question: the median wave, which a pause of the machine does not move."""
+        stages = dict.fromkeys(stage for wave in self.waves for stage in wave)
+        return {stage: median(wave.get(stage, 0.0) for wave in self.waves) for stage in stages}
 
 
 def prompt_of(formatter: ChatFormatter, question: Question) -> list[int]:
@@ -82,13 +89,14 @@ class Engine:
     ) -> Answers:
         """Greedy answers under `method` at `budget`; None: nothing is pruned."""
         core = self._core(layer_pruner)
-        watch = Stopwatch(self.decoder.device)
-        self._wave(range(min(self.batch, len(self.prompts))), core, method, budget, pruner,
-                   Stopwatch(self.decoder.device))  # fmt: skip
-        answers = Answers(seconds=watch.seconds)
+        first = range(min(self.batch, len(self.prompts)))
+        self._wave(first, core, method, budget, pruner, Stopwatch(self.decoder.device))  # warm-up
+        answers = Answers()
         for begin in range(0, len(self.prompts), self.batch):
             numbers = range(begin, min(begin + self.batch, len(self.prompts)))
+            watch = Stopwatch(self.decoder.device)
             answers.texts += self._wave(numbers, core, method, budget, pruner, watch)
+            answers.waves.append({k: v / len(numbers) for k, v in watch.seconds.items()})
             advance(numbers.stop)
         return answers
 

@@ -100,12 +100,11 @@ class Laboratory:
         ]
         count = len(hits)
         images = sum(len(question.images) for question in self.bench.questions) / count
-        seconds = {name: total / count for name, total in answers.seconds.items()}
         return Cell(
             method=DENSE if method is None else method.name, budget=budget,
             fingerprint=DENSE if method is None else self.fingerprint(method),
             right="".join("01"[hit] for hit in hits), tokens=costs.tokens,
-            seconds={"encoder": images * self._encoding(pruners.token), **seconds},
+            seconds={"encoder": images * self._encoding(pruners.token), **answers.seconds},
             decoder_macs=costs.decoder_macs, selector_macs=costs.selector_macs,
             kv_bytes=costs.kv_bytes,
         )  # fmt: skip
