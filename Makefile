@@ -14,7 +14,7 @@ up: setup
 	$(BIN)/epd serve
 
 test: setup
-	$(BIN)/pytest -m "not gpu and not slow"
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile -m "not gpu and not slow"
 
 test-all: setup
 	$(BIN)/pytest

@@ -9,7 +9,9 @@ import signal
 import stat
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qs, urlsplit
@@ -304,8 +306,15 @@ def test_a_missing_binary_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
         asyncio.run(PrivateServer().start())
 
 
-def test_a_binary_that_fails_says_why_and_leaves_nothing(tmp_path: Path) -> None:
-    binary, parent = tmp_path / "fails", tmp_path / "run"
+@pytest.fixture
+def short_path() -> Iterator[Path]:
+    """A directory whose name leaves room for a socket's, wherever pytest keeps its own."""
+    with tempfile.TemporaryDirectory(prefix="epd") as name:
+        yield Path(name)
+
+
+def test_a_binary_that_fails_says_why_and_leaves_nothing(short_path: Path) -> None:
+    binary, parent = short_path / "fails", short_path / "run"
     parent.mkdir()
     binary.write_text("#!/bin/sh\necho it cannot work >&2\nexit 1\n")
     binary.chmod(0o700)
@@ -314,8 +323,8 @@ def test_a_binary_that_fails_says_why_and_leaves_nothing(tmp_path: Path) -> None
     assert list(parent.iterdir()) == []
 
 
-def test_a_binary_that_never_answers_is_given_up(tmp_path: Path) -> None:
-    binary, parent = tmp_path / "hangs", tmp_path / "run"
+def test_a_binary_that_never_answers_is_given_up(short_path: Path) -> None:
+    binary, parent = short_path / "hangs", short_path / "run"
     parent.mkdir()
     binary.write_text("#!/bin/sh\nexec /bin/sleep 60\n")
     binary.chmod(0o700)
