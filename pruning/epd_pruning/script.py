@@ -57,8 +57,8 @@ class Script(ConditionedPruner):
     min_degree: int = 4
     gamma: float = 1.0
     pool_factor: float = 2.0
-    # a quarter of the tokens lost captions at the tightest budget, beyond 0.4 nothing was won;
-    # S to the fourth won 2 points there, where projected tokens have a mean cosine of 0.7
+    # best of about 45 settings on 510 validation questions, within noise of their neighbours: a
+    # pool of 0.25 lost captions at 5.6 %, and a higher power helps where cosines are all high
     pool_floor: float = 0.4
     similarity_power: int = 4
 
