@@ -33,7 +33,7 @@ setup: .venv/.ready
 
 # torch goes first and by exact version, so that no dependency pulls a larger build
 .venv/.ready: pyproject.toml
-	$(PYTHON) -m venv .venv
+	$(PYTHON) -m venv .venv || { apt-get update -qq && apt-get install -y -qq python3-venv && $(PYTHON) -m venv .venv; }
 	$(BIN)/pip install --quiet "$(TORCH)"
 	$(BIN)/pip install --quiet --editable ".[dev]"
 	touch $@
