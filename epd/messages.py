@@ -30,12 +30,20 @@ __all__ = [
     "Leaving",
     "Message",
     "MissingItems",
+    "MoveDecode",
     "PeerInfo",
     "Peers",
     "PrefillDone",
     "PrefillRequest",
     "RequestFailed",
+    "Returned",
     "StepToken",
+    "SwitchAbort",
+    "SwitchCommit",
+    "SwitchFailed",
+    "SwitchPhase",
+    "SwitchReady",
+    "SwitchRole",
     "Tokens",
     "VisionTokens",
     "VisionTokensReceived",
@@ -47,6 +55,7 @@ Text = Annotated[str, Meta(max_length=512)]
 Query = Annotated[str, Meta(max_length=QUERY_CHARS)]
 Count = Annotated[int, Meta(ge=0, le=1 << 40)]
 Life = Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
+Letters = Annotated[str, Meta(pattern="^[EPD]{1,3}$")]
 Seconds = Annotated[float, Meta(ge=0.0, le=1e9)]
 TokenId = Annotated[int, Meta(ge=0, le=1 << 31)]
 
@@ -171,6 +180,36 @@ class KVGone(RequestMessage, frozen=True, kw_only=True):
     """The pulled KV is no longer held."""
 
 
+# to a worker that changes its role
+
+
+class SwitchRole(Message, frozen=True, kw_only=True):
+    """Take up `stages`, coming from `epoch`: drain for at most `drain_seconds`, then load."""
+
+    switch_id: Name
+    stages: Letters
+    epoch: Count
+    drain_seconds: Seconds
+
+
+class SwitchCommit(Message, frozen=True, kw_only=True):
+    """The new role counts from now on, under the next epoch."""
+
+    switch_id: Name
+
+
+class SwitchAbort(Message, frozen=True, kw_only=True):
+    """Go back to the old role; without effect once the switch is committed."""
+
+    switch_id: Name
+
+
+class MoveDecode(RequestMessage, frozen=True, kw_only=True):
+    """Stop decoding the request between two steps and offer its KV to `consumer`."""
+
+    consumer: Name
+
+
 # to the gateway
 
 
@@ -199,7 +238,7 @@ class WorkerStats(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 class Heartbeat(Message, frozen=True, kw_only=True):
     """A worker is alive. `revision` names the model it serves, `encoder_revision` its vision side.
 
-    A worker that is not `accepting` finishes what it has.
+    A worker that is not `accepting` finishes what it has; `switch_id` names a switch under way.
     """
 
     address: Name
@@ -207,6 +246,7 @@ class Heartbeat(Message, frozen=True, kw_only=True):
     encoder_revision: Name
     dtype: Name
     accepting: bool = True
+    switch_id: Name | None = None
     stats: WorkerStats
 
 
@@ -276,6 +316,38 @@ class Evicted(RequestMessage, frozen=True, kw_only=True):
     """The request lost its KV to a fuller queue and cannot be recomputed here."""
 
 
+class Returned(RequestMessage, frozen=True, kw_only=True):
+    """Work handed back by a draining worker: these images, or with none the whole request."""
+
+    items: list[Count] = []
+
+
+class SwitchPhase(Message, frozen=True, kw_only=True):
+    """A phase of a switch ended (drain, unload, load), after so many seconds."""
+
+    switch_id: Name
+    phase: Name
+    seconds: Seconds
+    detail: Text = ""
+
+
+class SwitchReady(Message, frozen=True, kw_only=True):
+    """The new stages are loaded; the worker waits for the commit and serves nothing meanwhile
+    that only one of both roles could.
+    """
+
+    switch_id: Name
+    resident_bytes: Count
+
+
+class SwitchFailed(Message, frozen=True, kw_only=True):
+    """The worker refused the switch, or is back in its old role."""
+
+    switch_id: Name
+    phase: Name
+    message: Text
+
+
 class RequestFailed(RequestMessage, frozen=True, kw_only=True):
     """The worker gave the request up; `retryable` when another worker might succeed."""
 
@@ -291,5 +363,7 @@ MESSAGES: dict[bytes, type[Message]] = {
         Peers, Cancel, EncodeRequest, VisionTokensReceived, PrefillRequest, VisionTokens, KVPull,
         KVRenew, KVRelease, KVOffer, KVBlocks, KVGone, Heartbeat, Leaving, Encoded, EncodeFailed,
         MissingItems, PrefillDone, Adopted, Tokens, Evicted, RequestFailed,
+        SwitchRole, SwitchCommit, SwitchAbort, MoveDecode, Returned, SwitchPhase, SwitchReady,
+        SwitchFailed,
     )
 }  # fmt: skip
