@@ -42,7 +42,6 @@ class _Prompt:
     """
 
     chunk: Chunk
-    pruner: LayerPruner
     vision: torch.Tensor
     others: torch.Tensor
     raters: torch.Tensor | None
@@ -104,10 +103,9 @@ class LayerStages:
             is_vision[span.start : span.stop] = True
         vision = send(np.flatnonzero(is_vision), hidden.device)
         others = send(np.flatnonzero(~is_vision), hidden.device)
-        pruner = replace(self._pruner, schedule=sequence.schedule)
         text = hidden[sequence.num_prompt - sequence.text_after_images : sequence.num_prompt]
-        raters = pruner.choose_raters(hidden[vision], text)
-        return _Prompt(chunk, pruner, vision, others, raters)
+        raters = self._pruner.choose_raters(hidden[vision], text)
+        return _Prompt(chunk, vision, others, raters)
 
     def _survivors(
         self,
@@ -127,26 +125,28 @@ class LayerStages:
         # the last rows of each sequence; then the prompts that prune say which of theirs stay
         tails = [np.arange(end - count, end) for end, count in zip(ends, after, strict=True)]
         rows = send(np.concatenate(tails), positions.device)
-        for index, prompt in prompts.items():
-            if before[index] > after[index]:
-                first = int(ends[index] - before[index])
-                here = slice(first, first + prompt.num_rows)
-                kept = self._choose(stage, prompt, stream, positions, tap, here)
-                assert kept.shape[0] == here.stop - first - (before - after)[index]
-                start = int(new_ends[index] - after[index])
-                rows[start : start + kept.shape[0]] = first + kept
+        pruning = [index for index in prompts if before[index] > after[index]]
+        firsts = [int(ends[index] - before[index]) for index in pruning]
+        asked = [
+            self._inputs(prompts[index], stream, positions, tap, first)
+            for index, first in zip(pruning, firsts, strict=True)
+        ]
+        leaving = [int(before[index] - after[index]) for index in pruning]
+        counts = [len(a.vision) - gone for a, gone in zip(asked, leaving, strict=True)]
+        chosen = self._pruner.choose_all(asked, counts)
+        for index, first, kept, count in zip(pruning, firsts, chosen, counts, strict=True):
+            assert kept.vision.shape[0] == count
+            stay = prompts[index].keep(kept.vision)
+            start = int(new_ends[index] - after[index])
+            rows[start : start + stay.shape[0]] = first + stay
         return rows
 
-    def _choose(
-        self,
-        stage: int,
-        prompt: _Prompt,
-        stream: Stream,
-        positions: torch.Tensor,
-        tap: Tap,
-        here: slice,
-    ) -> torch.Tensor:
-        """Rows of one prompt, which stands at `here` in the step, that go on after `stage`."""
+    def _inputs(
+        self, prompt: _Prompt, stream: Stream, positions: torch.Tensor, tap: Tap, first: int
+    ) -> LayerInputs:
+        """What the method sees of a prompt, whose rows begin at `first` in the step."""
+        sequence, length = prompt.chunk.sequence, prompt.num_rows
+        here = slice(first, first + length)
         mine = stream.take(here)
         if self._pruner.reads == "next":
             queries, keys = self._decoder.queries_keys(mine, positions[here], tap.layer + 1)
@@ -154,11 +154,13 @@ class LayerStages:
             assert tap.queries is not None
             assert tap.keys is not None
             queries, keys = tap.queries[here], tap.keys[here]
-        sequence, length = prompt.chunk.sequence, prompt.num_rows
         asking = length - sequence.text_after_images
-        inputs = LayerInputs(
-            queries=queries[asking:].transpose(0, 1), keys=keys.transpose(0, 1),
-            vision=prompt.vision, text=torch.arange(asking, length, device=positions.device),
-            scale=self._decoder.config.head_dim**-0.5, hidden=mine.total(), raters=prompt.raters,
-        )  # fmt: skip
-        return prompt.keep(prompt.pruner.select(inputs, stage, sequence.image_tokens).vision)
+        return LayerInputs(
+            queries=queries[asking:].transpose(0, 1),
+            keys=keys.transpose(0, 1),
+            vision=prompt.vision,
+            text=torch.arange(asking, length, device=positions.device),
+            scale=self._decoder.config.head_dim**-0.5,
+            hidden=mine.total() if self._pruner.reads_hidden else None,
+            raters=prompt.raters,
+        )

@@ -8,8 +8,9 @@ gathering, validation and the identity live here.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -72,6 +73,15 @@ class VisionInputs:
         present = {name: getattr(self, name) for name in _PER_TOKEN}
         kept = {name: value[rows] for name, value in present.items() if value is not None}
         return replace(self, grid=None, **kept)
+
+    def shapes(self) -> tuple[object, ...]:
+        """What images must share to be ranked together: shapes, dtypes, device."""
+        present = [(name, getattr(self, name)) for name in (*_PER_TOKEN, "query")]
+        return tuple(
+            (name, tuple(value.shape), value.dtype, value.device)
+            for name, value in present
+            if value is not None
+        )
 
     def only(self, names: frozenset[str]) -> VisionInputs:
         """The embeddings and those of the optional per-token tensors that `names` holds."""
@@ -158,51 +168,91 @@ class TokenPruner(ABC):
         """Multiply-accumulates both stages cost for one image of `width`-wide embeddings."""
         return 0
 
+    def rank_images(self, inputs: Sequence[VisionInputs], count: int) -> Tensor:
+        """`rank_image` [B, ≥ count] of images of one shape; a batched method does them at once."""
+        return torch.stack([self.rank_image(image, count) for image in inputs])
+
+    def rank_queries(self, inputs: Sequence[VisionInputs], num_kept: int) -> Tensor:
+        """`rank_query` [B, ≥ num_kept] of pools of one shape, likewise."""
+        return torch.stack([self.rank_query(image, num_kept) for image in inputs])
+
     def prepare(self, inputs: VisionInputs, num_kept: int) -> Pool:
         """The pool of one image, from the image alone; run once, cached, sent.
 
         With `num_kept` ≥ N nothing is computed and the very tensors given come back.
         """
-        size = inputs.num_tokens
-        _check_num_kept(num_kept, size)
-        everything = torch.arange(size, device=inputs.device)
+        return self.prepare_all([inputs], [num_kept])[0]
+
+    def prepare_all(self, images: Sequence[VisionInputs], num_kept: Sequence[int]) -> list[Pool]:
+        """`prepare` of each image and its budget; those of one shape and budget go together."""
+        for image, count in zip(images, num_kept, strict=True):
+            _check_num_kept(count, image.num_tokens)
+        pools: dict[int, Pool] = {}
+        for members in _alike([(i.shapes(), k) for i, k in zip(images, num_kept, strict=True)]):
+            found = self._pools([images[i] for i in members], num_kept[members[0]])
+            pools.update(zip(members, found, strict=True))
+        return [pools[i] for i in range(len(images))]
+
+    def _pools(self, images: list[VisionInputs], num_kept: int) -> list[Pool]:
+        size = images[0].num_tokens
         if num_kept >= size:
-            return Pool(inputs.only(self.query_needs), everything, None, size)
+            everything = torch.arange(size, device=images[0].device)
+            return [Pool(i.only(self.query_needs), everything, None, size) for i in images]
         for need in sorted(self.image_needs | self.query_needs):
-            inputs.require(need)
+            images[0].require(need)
         count = self.pool_size(size, num_kept)
-        image = inputs.only(self.image_needs)
-        order = self.rank_image(image, count)[:count]
-        assert order.shape == (count,) and order.dtype == torch.int64, f"{self.name}: bad order"
+        needed = [image.only(self.image_needs) for image in images]
+        order = self.rank_images(needed, count)[:, :count]
+        wanted = (len(images), count)
+        assert order.shape == wanted and order.dtype == torch.int64, f"{self.name}: bad order"
         indices, rank = order.sort()
-        pooled = inputs.only(self.query_needs)
+        pooled = [image.only(self.query_needs) for image in images]
         if count < size:
-            pooled = self.merge(image, order, pooled.take(indices))
-        return Pool(pooled, indices, rank, size)
+            pooled = [
+                self.merge(image, own, taken)
+                for image, own, taken in zip(needed, order, _take_all(pooled, indices), strict=True)
+            ]
+        return [Pool(*parts, size) for parts in zip(pooled, indices, rank, strict=True)]
 
     def select(self, pool: Pool, num_kept: int, *, query: Tensor | None = None) -> Tensor:
         """`keep_indices` [k] into the image for one request; `query` [M, C] where the method asks.
 
         A pool prepared for a larger budget gives what a cold run at `num_kept` would.
         """
-        _check_num_kept(num_kept, pool.num_tokens)
-        if num_kept >= pool.num_tokens == len(pool):
-            return pool.indices
-        if pool.rank is None:
-            pool = self.prepare(pool.inputs, num_kept)
-        pool = self._narrow(pool, num_kept)
-        if num_kept == len(pool):
-            return pool.indices
-        inputs = replace(pool.inputs, query=query)
-        order = self.rank_query(inputs, num_kept)[:num_kept]
-        assert order.shape == (num_kept,) and order.dtype == torch.int64, f"{self.name}: bad order"
-        return pool.indices[order.sort().values]
+        return self.select_all([pool], [num_kept], queries=[query])[0]
+
+    def select_all(
+        self, pools: Sequence[Pool], num_kept: Sequence[int], *, queries: Sequence[Tensor | None]
+    ) -> list[Tensor]:
+        """`select` of each pool, its budget and its query; alike ones go together."""
+        narrow = [self._narrowed(pool, k) for pool, k in zip(pools, num_kept, strict=True)]
+        asked = [
+            replace(pool.inputs, query=query) for pool, query in zip(narrow, queries, strict=True)
+        ]
+        chosen: dict[int, Tensor] = {}
+        for members in _alike([(i.shapes(), k) for i, k in zip(asked, num_kept, strict=True)]):
+            first, count = members[0], num_kept[members[0]]
+            if count >= len(narrow[first]):
+                chosen.update((i, narrow[i].indices) for i in members)
+                continue
+            order = self.rank_queries([asked[i] for i in members], count)[:, :count]
+            wanted = (len(members), count)
+            assert order.shape == wanted and order.dtype == torch.int64, f"{self.name}: bad order"
+            places = torch.stack([narrow[i].indices for i in members])
+            chosen.update(zip(members, places.gather(1, order.sort().values), strict=True))
+        return [chosen[i] for i in range(len(pools))]
 
     def prune(self, inputs: VisionInputs, num_kept: int) -> Tensor:
         """`keep_indices` of both stages at once, for one image and its `inputs.query`."""
         return self.select(self.prepare(inputs, num_kept), num_kept, query=inputs.query)
 
-    def _narrow(self, pool: Pool, num_kept: int) -> Pool:
+    def _narrowed(self, pool: Pool, num_kept: int) -> Pool:
+        """The pool that a cold run at `num_kept` would make of the image."""
+        _check_num_kept(num_kept, pool.num_tokens)
+        if num_kept >= pool.num_tokens == len(pool):
+            return pool
+        if pool.rank is None:
+            pool = self.prepare(pool.inputs, num_kept)
         wanted = min(self.pool_size(pool.num_tokens, num_kept), pool.num_tokens)
         if wanted == len(pool):
             return pool
@@ -239,3 +289,27 @@ class QueryPruner(TokenPruner):
 def _check_num_kept(num_kept: int, num_tokens: int) -> None:
     if num_kept < 1 and num_tokens > 0:
         raise PruningError("num_kept", f"in [1, {num_tokens}]", num_kept)
+
+
+def _alike(kinds: Sequence[Hashable]) -> list[list[int]]:
+    """Places of equal `kinds`, group by group."""
+    groups: dict[Hashable, list[int]] = {}
+    for place, kind in enumerate(kinds):
+        groups.setdefault(kind, []).append(place)
+    return list(groups.values())
+
+
+def _take_all(images: Sequence[VisionInputs], rows: Tensor) -> list[VisionInputs]:
+    """`take` of images of one shape and their `rows` [B, k]: one gather per kind of tensor."""
+    if len(images) == 1:
+        return [images[0].take(rows[0])]
+    which = torch.arange(len(images), device=rows.device)[:, None]
+    kinds = [name for name in _PER_TOKEN if getattr(images[0], name) is not None]
+    taken: dict[str, Any] = {
+        name: torch.stack([getattr(image, name) for image in images])[which, rows].unbind()
+        for name in kinds
+    }
+    return [
+        replace(image, grid=None, **{name: rows[place] for name, rows in taken.items()})
+        for place, image in enumerate(images)
+    ]

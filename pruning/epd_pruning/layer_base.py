@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
@@ -82,11 +82,13 @@ class LayerPruner(ABC):
 
     A subclass fills `voters` and `weights` (which text rows vote, and how much), or `order`. The
     default is the last text row, heads averaged. `reads` says whether queries and keys are those
-    of the layer just run ("own") or of the one about to run ("next").
+    of the layer just run ("own") or of the one about to run ("next"), `reads_hidden` whether the
+    method needs `hidden`.
     """
 
     name: ClassVar[str]
     reads: ClassVar[Literal["own", "next"]] = "own"
+    reads_hidden: ClassVar[bool] = False
     presets: ClassVar[Mapping[str, Schedule]] = {}
 
     schedule: Schedule
@@ -126,9 +128,16 @@ class LayerPruner(ABC):
 
         Without text, or with no more tokens than the stage keeps, everything stays.
         """
-        present = inputs.vision.shape[0]
-        num_kept = min(self.schedule.kept(num_tokens)[stage], present)
-        if num_kept >= present or inputs.text.shape[0] == 0:
+        return self.choose_all([inputs], [self.schedule.kept(num_tokens)[stage]])[0]
+
+    def choose_all(
+        self, inputs: Sequence[LayerInputs], num_kept: Sequence[int]
+    ) -> list[LayerSelection]:
+        """What stays of each request at one boundary when it may keep `num_kept` of its tokens."""
+        return [self._choose(one, count) for one, count in zip(inputs, num_kept, strict=True)]
+
+    def _choose(self, inputs: LayerInputs, num_kept: int) -> LayerSelection:
+        if num_kept >= inputs.vision.shape[0] or inputs.text.shape[0] == 0:
             return LayerSelection(inputs.vision)
         return self.finish(inputs, self.order(inputs, num_kept), num_kept)
 

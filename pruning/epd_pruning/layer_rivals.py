@@ -50,6 +50,7 @@ class DartLayer(LayerPruner):
     """Image pivots by the L1 norm of their keys; cosines of the hidden states. No text pivots."""
 
     name: ClassVar[str] = "dart_layer"
+    reads_hidden: ClassVar[bool] = True
     presets: ClassVar[Mapping[str, Schedule]] = FastV.presets
 
     num_pivots: int = 10

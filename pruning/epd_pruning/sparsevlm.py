@@ -33,6 +33,7 @@ class SparseVLM(LayerPruner):
     """
 
     name: ClassVar[str] = "sparsevlm"
+    reads_hidden: ClassVar[bool] = True
     presets: ClassVar[Mapping[str, Schedule]] = {
         "llava-1.5-7b/192": Schedule((2, 6, 15), (300, 200, 110)),
         "llava-1.5-7b/128": Schedule((2, 6, 15), (303, 110, 36)),

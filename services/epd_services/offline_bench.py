@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from epd_services.offline_pipeline import OfflinePipeline
     from epd_services.progress import Advance
 
-__all__ = ["Workload", "main", "run_from_cli", "run_offline_bench"]
+__all__ = ["Workload", "device_and_dtype", "main", "run_from_cli", "run_offline_bench"]
 
 _COLUMNS = {
     "metric": "measure", "images": "images", "batch": "batch", "requests": "requests",
@@ -64,7 +64,7 @@ def run_offline_bench(
     from epd_services.offline_pipeline import OfflinePipeline, Sizes
 
     work = workload or Workload()
-    device, kind = _device_and_dtype(device, dtype)
+    device, kind = device_and_dtype(device, dtype)
     begin = time.perf_counter()
     with progress("offline bench", work.measurements + 1) as advance:
         advance(0, "making random weights")
@@ -105,7 +105,8 @@ def run_from_cli(
     )
 
 
-def _device_and_dtype(device: str, dtype: str) -> tuple[str, torch.dtype]:
+def device_and_dtype(device: str, dtype: str) -> tuple[str, torch.dtype]:
+    """The device and dtype that "auto" means here; gradients are off from now on."""
     import torch
 
     from epd.tensors import torch_dtype
