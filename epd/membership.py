@@ -1,5 +1,5 @@
-"""Who is alive in which stages: heartbeats in, joined and lost workers out. Plain Python, clock
-injected.
+"""Who is alive in which stages, and who may get work: heartbeats in, changes out. Plain Python,
+clock injected.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ class Change(Enum):
 
     JOINED = "joined"
     LOST = "lost"
+    SWITCHED = "switched"
 
 
 @dataclass(slots=True)
@@ -36,12 +37,18 @@ class WorkerView:
     accepting: bool
     stats: WorkerStats
     last_seen: float
+    switch_id: str | None = None
 
 
 class Membership:
-    """Live workers by id.
+    """Live workers by id, and three reasons to give a live one no work.
 
-    A worker is lost when silent for `dead_after` seconds or heard under a new life.
+    A worker is lost when silent for `dead_after` seconds or heard under a new life. The next epoch
+    in the same life is a switch of its role; heartbeats of an older one are dropped and counted.
+
+    `closed` names workers an operator drained, `leaving` the stages a worker is about to give up,
+    and a fenced worker's state is uncertain: it gets nothing until it is heard under another life
+    or epoch.
 
     Time during which this process itself was stalled (the gap between two `expire` calls) is not
     held against the workers: their heartbeats wait unread.
@@ -52,6 +59,10 @@ class Membership:
     ) -> None:
         self.workers: dict[str, WorkerView] = {}
         self.refused: dict[str, str] = {}
+        self.closed: set[str] = set()
+        self.leaving: dict[str, StageSet] = {}
+        self.stale_epochs = 0
+        self._fenced: dict[str, tuple[int, int]] = {}
         self._revision = revision
         self._clock = clock
         self._dead_after = dead_after
@@ -71,12 +82,20 @@ class Membership:
             )
             return self.lost(name)
         known = self.workers.get(name)
+        life = (envelope.incarnation, envelope.epoch)
+        if known and known.incarnation == life[0] and life[1] < known.epoch:
+            self.stale_epochs += 1
+            return []
         changes: list[tuple[Change, str]] = []
-        if known and (known.incarnation, known.epoch) != (envelope.incarnation, envelope.epoch):
+        if known and life == (known.incarnation, known.epoch + 1):
+            changes.append((Change.SWITCHED, name))
+        elif known and life != (known.incarnation, known.epoch):
             changes += self.lost(name)
             known = None
         if known is None:
             changes.append((Change.JOINED, name))
+        if self._fenced.get(name) != life:
+            self._fenced.pop(name, None)
         self.refused.pop(name, None)
         self.workers[name] = WorkerView(
             worker_id=name,
@@ -89,8 +108,22 @@ class Membership:
             accepting=beat.accepting,
             stats=beat.stats,
             last_seen=self._clock(),
+            switch_id=beat.switch_id,
         )
         return changes
+
+    def fence(self, name: str) -> None:
+        """Give a worker nothing until it is heard under another life or epoch, or unfenced."""
+        if worker := self.workers.get(name):
+            self._fenced[name] = (worker.incarnation, worker.epoch)
+
+    def unfence(self, name: str) -> None:
+        """Trust a worker's state again."""
+        self._fenced.pop(name, None)
+
+    def fenced(self, name: str) -> bool:
+        """Whether the worker's state is uncertain."""
+        return name in self._fenced
 
     def left(self, name: str, incarnation: int) -> list[tuple[Change, str]]:
         """Record an orderly farewell; later heartbeats of that life are ignored."""
@@ -100,6 +133,7 @@ class Membership:
 
     def lost(self, name: str) -> list[tuple[Change, str]]:
         """Drop a worker known to be gone."""
+        self._fenced.pop(name, None)
         return [(Change.LOST, name)] if self.workers.pop(name, None) else []
 
     def expire(self) -> list[tuple[Change, str]]:
@@ -115,10 +149,24 @@ class Membership:
         return changes
 
     def hosting(self, stage: Stage) -> list[WorkerView]:
-        """The live workers of a stage, by name; those draining only when there is no other."""
-        live = [w for w in self.workers.values() if stage in w.stages]
+        """The live workers of a stage that may get work, by name; those that end only when there
+        is no other.
+        """
+        live = [w for w in self.workers.values() if stage in w.stages and self._open(w, stage)]
         accepting = [w for w in live if w.accepting]
         return sorted(accepting or live, key=lambda w: w.worker_id)
+
+    def _open(self, worker: WorkerView, stage: Stage) -> bool:
+        name = worker.worker_id
+        return not (
+            name in self.closed
+            or name in self._fenced
+            or stage in self.leaving.get(name, frozenset())
+        )
+
+    def unsettled(self, stage: Stage) -> bool:
+        """Whether a fenced worker hosted the stage when last heard: it may be back soon."""
+        return any(stage in w.stages and w.worker_id in self._fenced for w in self.workers.values())
 
     def peers(self) -> list[PeerInfo]:
         """The directory to tell every worker."""

@@ -37,11 +37,47 @@ def test_a_worker_joins_once_and_is_lost_after_silence() -> None:
     assert members.hosting(Stage.DECODE) == []
 
 
-def test_a_new_life_or_epoch_is_a_loss_and_a_join() -> None:
+def test_a_new_life_is_a_loss_and_a_join() -> None:
     members = Membership("r", Clock())
     heard(members, life=1)
     assert heard(members, life=2) == [(Change.LOST, "a"), (Change.JOINED, "a")]
-    assert heard(members, life=2, epoch=1) == [(Change.LOST, "a"), (Change.JOINED, "a")]
+    assert heard(members, life=2, epoch=2) == [(Change.LOST, "a"), (Change.JOINED, "a")]
+
+
+def test_the_next_epoch_of_a_life_is_a_switch_and_older_ones_are_dropped() -> None:
+    members = Membership("r", Clock())
+    heard(members, epoch=3, stages="D")
+    assert heard(members, epoch=4, stages="P") == [(Change.SWITCHED, "a")]
+    assert heard(members, epoch=3, stages="D") == []
+    assert [w.worker_id for w in members.hosting(Stage.PREFILL)] == ["a"]
+    assert members.hosting(Stage.DECODE) == []
+    assert members.stale_epochs == 1
+    assert members.peers()[0].epoch == 4
+
+
+def test_a_fenced_worker_gets_nothing_until_another_life_or_epoch() -> None:
+    for change in ({"epoch": 1}, {"life": 2}):
+        members = Membership("r", Clock())
+        heard(members)
+        members.fence("a")
+        heard(members)
+        assert members.fenced("a") and members.hosting(Stage.DECODE) == []
+        assert members.unsettled(Stage.DECODE) and not members.unsettled(Stage.PREFILL)
+        heard(members, **change)
+        assert not members.fenced("a")
+        assert [w.worker_id for w in members.hosting(Stage.DECODE)] == ["a"]
+    members.fence("nobody")
+    assert not members.fenced("nobody")
+
+
+def test_closed_and_leaving_workers_get_nothing_even_when_alone() -> None:
+    members = Membership("r", Clock())
+    heard(members, stages="PD")
+    members.leaving["a"] = frozenset({Stage.DECODE})
+    assert members.hosting(Stage.DECODE) == []
+    assert [w.worker_id for w in members.hosting(Stage.PREFILL)] == ["a"]
+    members.closed.add("a")
+    assert members.hosting(Stage.PREFILL) == []
 
 
 def test_a_worker_of_another_model_is_refused_and_named() -> None:

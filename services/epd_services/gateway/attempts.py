@@ -13,12 +13,12 @@ import structlog
 
 from epd.cache.base import TokenCache
 from epd.cache.keys import pixel_digest, token_cache_key
-from epd.errors import DeadlineError, EPDError, WorkerFailedError
+from epd.errors import DeadlineError, EPDError, UnavailableError, WorkerFailedError
 from epd.membership import Membership
-from epd.messages import Cancel, EncodeRequest, PrefillRequest
+from epd.messages import Cancel, EncodeRequest, MoveDecode, PrefillRequest
 from epd.node import Node
 from epd.request import MMItem, Request
-from epd.roles import Stage
+from epd.roles import Stage, StageSet
 from epd.wire import Blob
 from epd_services.gateway.dispatch_api import ImagePixels
 from epd_services.gateway.ledger import Record
@@ -29,6 +29,7 @@ __all__ = ["Attempts", "DispatchLimits"]
 _log = structlog.get_logger("epd.dispatch")
 _INLINE_HASH_BYTES = 1 << 20
 _BACK_OFF = 0.02
+_LOOK_AGAIN = 0.05
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +135,7 @@ class Attempts:
             await asyncio.sleep(wait)
         record.encoders.clear()
         record.early.clear()
-        record.adopted = False
+        record.prefilled = record.adopted = False
         items = record.request.mm_items
         cached = [False] * len(items)
         if items and self._cache is not None:
@@ -142,7 +143,11 @@ class Attempts:
         if record.done or record.attempt != attempt:
             return
         record.prefill = record.decode = ""
-        record.prefill, record.decode = self.router.pair(self.records.values())
+        while (pair := self._pair()) is None:
+            await asyncio.sleep(_LOOK_AGAIN)
+            if record.done or record.attempt != attempt:
+                return
+        record.prefill, record.decode = pair
         request = record.request
         message = PrefillRequest(
             request_id=record.request_id,
@@ -165,10 +170,25 @@ class Attempts:
         for item in (i for i, hit in enumerate(cached) if not hit):
             self._encode(record, item)
 
+    def _pair(self) -> tuple[str, str] | None:
+        """The workers for an attempt; None while a switch under way may give a stage back its
+        only one.
+        """
+        try:
+            return self.router.pair(self.records.values())
+        except UnavailableError:
+            self.router.may_serve(Stage.PREFILL, Stage.DECODE)
+            return None
+
     def _encode(self, record: Record, item: int) -> None:
         mm, image = record.request.mm_items[item], record.images[item]
         record.encoders.pop(item, None)
-        encoder = self.router.encoder(mm.cache_key, self.records.values())
+        try:
+            encoder = self.router.encoder(mm.cache_key, self.records.values())
+        except UnavailableError:
+            # the prefill worker asks again for what does not come
+            self.router.may_serve(Stage.ENCODE)
+            return
         record.encoders[item] = encoder
         message = EncodeRequest(
             request_id=record.request_id,
@@ -194,7 +214,8 @@ class Attempts:
         if record.failures >= self._limits.max_failures:
             self.end(record, WorkerFailedError("every attempt ended with its worker"))
         else:
-            self._spawn(record, self._attempt(record, wait=_BACK_OFF * record.failures))
+            wait = _BACK_OFF * (record.failures + record.returned)
+            self._spawn(record, self._attempt(record, wait=wait))
 
     def _tell_cancel(self, record: Record) -> None:
         message = Cancel(request_id=record.request_id, attempt=record.attempt)
@@ -239,3 +260,52 @@ class Attempts:
                 self.retry(record, failed=True)
             else:
                 self.encode_again(record, [i for i, e in record.encoders.items() if e == lost])
+
+    def hand_back(self, record: Record, items: list[int]) -> None:
+        """Place work again that a draining worker returned: these images, or the whole request."""
+        self.counters["returned"] += 1
+        if items:
+            self.encode_again(record, items)
+        else:
+            record.returned += 1
+            self.retry(record, failed=False)
+
+    def move(self, record: Record) -> bool:
+        """Have a running answer go on at a peer of the worker that decodes it; False without one.
+
+        Its tokens carry their index, so the attempt stays the same.
+        """
+        source = record.decode
+        try:
+            peer = self.router.decoder(self.records.values())
+        except UnavailableError:
+            return False
+        message = MoveDecode(request_id=record.request_id, attempt=record.attempt, consumer=peer)
+        if peer == source or not self._node.post(source, message):
+            return False
+        record.prefill, record.decode, record.adopted = source, peer, False
+        self.counters["moved"] += 1
+        return True
+
+    def move_if_leaving(self, record: Record) -> None:
+        """Move an answer that got to a worker which is about to stop decoding."""
+        leaving = self._membership.leaving.get(record.decode, frozenset())
+        if Stage.DECODE in leaving and record.decoding():
+            self.move(record)
+
+    def move_all(self, worker: str) -> int:
+        """Move every answer a worker decodes; how many found a peer."""
+        records = [r for r in self.records.values() if r.decode == worker and r.decoding()]
+        return sum(self.move(record) for record in records)
+
+    def left_stages(self, worker: str, gone: StageSet, kept: StageSet) -> None:
+        """Start again elsewhere what a worker still had of the stages it no longer hosts."""
+        holds_kv = bool(kept & {Stage.PREFILL, Stage.DECODE})
+        for record in list(self.records.values()):
+            source = record.prefill == worker and not record.adopted
+            if (record.decode == worker and Stage.DECODE in gone) or (
+                source and (Stage.PREFILL in gone or not holds_kv)
+            ):
+                self.retry(record, failed=False)
+            elif Stage.ENCODE in gone:
+                self.encode_again(record, [i for i, e in record.encoders.items() if e == worker])

@@ -29,6 +29,7 @@ from epd_services.gateway.attempts import Attempts, DispatchLimits
 from epd_services.gateway.dispatch_api import Generation, Submission
 from epd_services.gateway.ledger import LedgerGeneration, Record
 from epd_services.gateway.reports import Reports
+from epd_services.gateway.roles import SwitchCoordinator, SwitchLimits
 
 __all__ = ["DispatchLimits", "PipelineDispatcher"]
 
@@ -36,7 +37,10 @@ _log = structlog.get_logger("epd.dispatch")
 
 
 class PipelineDispatcher:
-    """The `Dispatcher` over ZeroMQ (or any `Transport`) and a shared token cache."""
+    """The `Dispatcher` over ZeroMQ (or any `Transport`) and a shared token cache.
+
+    `roles` switches the roles of its workers; `failpoint` is told the steps of a switch by name.
+    """
 
     def __init__(
         self,
@@ -47,6 +51,8 @@ class PipelineDispatcher:
         clock: Callable[[], float],
         limits: DispatchLimits | None = None,
         pruning: PruningPolicy | None = None,
+        switch_limits: SwitchLimits | None = None,
+        failpoint: Callable[[str], None] = lambda _: None,
     ) -> None:
         self._node = node
         self._pruning = pruning
@@ -61,6 +67,14 @@ class PipelineDispatcher:
             clock=clock,
             limits=self._limits,
             on_unreachable=lambda name: self._apply(membership.lost(name)),
+        )
+        self.roles = SwitchCoordinator(
+            node,
+            membership,
+            self._attempts,
+            clock=clock,
+            limits=switch_limits,
+            failpoint=failpoint,
         )
         self._services: list[asyncio.Task[None]] = []
         self._draining = False
@@ -120,7 +134,7 @@ class PipelineDispatcher:
         if len(self._attempts.records) >= self._limits.max_inflight:
             self.counters["shed"] += 1
             raise CapacityError("too many requests in flight", retry_after=1.0)
-        self._attempts.router.pair(())
+        self._attempts.router.may_serve(Stage.PREFILL, Stage.DECODE)
         now = self._clock()
         request = Request(
             request_id=submission.request_id,
@@ -155,7 +169,7 @@ class PipelineDispatcher:
                 "name": w.worker_id,
                 "stages": format_stages(w.stages),
                 "epoch": w.epoch,
-                "state": "serving" if w.accepting else "draining",
+                "state": self.roles.state(w),
                 "heartbeat_age_s": round(now - w.last_seen, 3),
                 **{name: getattr(w.stats, name) for name in w.stats.__struct_fields__},
             }
@@ -176,12 +190,15 @@ class PipelineDispatcher:
                 "queries": sum(w["cache_queries"] for w in workers),
                 "hits": sum(w["cache_hits"] for w in workers),
             },
-            "counters": dict(self.counters),
+            "counters": {**self.counters, "stale_epochs": self._membership.stale_epochs},
             "frames_rejected": dict(self._node.rejected),
         }
 
     def _heartbeat(self, envelope: Envelope, message: Heartbeat, _: tuple[Blob, ...]) -> None:
         self._apply(self._membership.heard(envelope, message))
+        known = self._membership.workers.get(envelope.sender)
+        if known and (known.incarnation, known.epoch) == (envelope.incarnation, envelope.epoch):
+            self.roles.heard(envelope, message)
 
     def _leaving(self, envelope: Envelope, message: Leaving, _: tuple[Blob, ...]) -> None:
         self._apply(self._membership.left(envelope.sender, envelope.incarnation))
@@ -192,13 +209,17 @@ class PipelineDispatcher:
         self._announce()
         for change, name in changes:
             _log.info("worker " + change.value, worker=name)
-            if change is Change.JOINED:
-                worker = self._membership.workers[name]
-                if Stage.ENCODE in worker.stages:
-                    self._attempts.encoder_key = (worker.encoder_revision, worker.dtype)
-            else:
+            if change is Change.LOST:
                 self.counters["workers_lost"] += 1
+                self.roles.lost(name)
                 self._attempts.recover(name)
+                continue
+            worker = self._membership.workers[name]
+            if Stage.ENCODE in worker.stages:
+                self._attempts.encoder_key = (worker.encoder_revision, worker.dtype)
+            if change is Change.SWITCHED:
+                self.counters["switched"] += 1
+                self.roles.switched(name)
 
     def _announce(self) -> None:
         peers = self._membership.peers()
@@ -211,6 +232,7 @@ class PipelineDispatcher:
         while True:
             await asyncio.sleep(self._limits.tick)
             self._apply(self._membership.expire())
+            self.roles.tick()
             if self._clock() - announced >= self._limits.peers_every:
                 announced = self._clock()
                 self._announce()

@@ -19,7 +19,8 @@ class Record:
     """What the gateway knows about one request.
 
     `attempt` rises with every dispatch; `outputs` never shrinks. `budget` was set on arrival, so
-    that every attempt keeps the same vision tokens.
+    that every attempt keeps the same vision tokens. `prefill` is the worker the KV comes from: when
+    a running answer moves, that is the one that decoded it so far.
     """
 
     request: Request
@@ -34,9 +35,11 @@ class Record:
     early: dict[int, tuple[TokenOutput, FinishReason | None]] = field(default_factory=dict)
     attempt: int = 0
     failures: int = 0
+    returned: int = 0
     prefill: str = ""
     decode: str = ""
     encoders: dict[int, str] = field(default_factory=dict)
+    prefilled: bool = False
     adopted: bool = False
     usage: Usage | None = None
     done: bool = False
@@ -49,6 +52,10 @@ class Record:
     def workers(self) -> set[str]:
         """The workers the current attempt involves."""
         return {self.prefill, self.decode, *self.encoders.values()} - {""}
+
+    def decoding(self) -> bool:
+        """Whether the current attempt has got to its decode worker."""
+        return self.adopted or (self.prefilled and self.prefill == self.decode)
 
     def needs(self, worker: str) -> bool:
         """Whether the current attempt cannot end without `worker` (encoders apart)."""

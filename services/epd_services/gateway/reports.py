@@ -13,6 +13,7 @@ from epd.messages import (
     PrefillDone,
     RequestFailed,
     RequestMessage,
+    Returned,
     Tokens,
 )
 from epd.node import Node
@@ -40,6 +41,7 @@ class Reports:
         node.on(Adopted, self._adopted)
         node.on(Tokens, self._tokens)
         node.on(Evicted, self._evicted)
+        node.on(Returned, self._returned)
         node.on(RequestFailed, self._failed)
 
     def _current(self, envelope: Envelope, message: RequestMessage) -> Record | None:
@@ -100,11 +102,16 @@ class Reports:
                 image_tokens_before=message.image_tokens_before,
                 cached_tokens=message.cached_tokens,
             )
+            if not record.prefilled:
+                record.prefilled = True
+                self._attempts.move_if_leaving(record)
 
     def _adopted(self, envelope: Envelope, message: Adopted, _: tuple[Blob, ...]) -> None:
         if record := self._current(envelope, message):
-            record.adopted = True
             record.timeline.add("transfer", message.transfer_seconds)
+            if envelope.sender == record.decode:
+                record.adopted = True
+                self._attempts.move_if_leaving(record)
 
     def _tokens(self, envelope: Envelope, message: Tokens, _: tuple[Blob, ...]) -> None:
         for token in message.tokens:
@@ -123,6 +130,12 @@ class Reports:
         if record := self._current(envelope, message):
             self._attempts.counters["evicted"] += 1
             self._attempts.retry(record, failed=False)
+
+    def _returned(self, envelope: Envelope, message: Returned, _: tuple[Blob, ...]) -> None:
+        if record := self._current(envelope, message):
+            held = [i for i in message.items if record.encoders.get(i) == envelope.sender]
+            if held or not message.items:
+                self._attempts.hand_back(record, held)
 
     def _failed(self, envelope: Envelope, message: RequestFailed, _: tuple[Blob, ...]) -> None:
         if record := self._current(envelope, message):

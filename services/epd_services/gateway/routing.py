@@ -32,6 +32,14 @@ class Router:
             raise UnavailableError(f"no live worker hosts {_WORDS[stage]}")
         return live
 
+    def may_serve(self, *stages: Stage) -> None:
+        """Raise `UnavailableError` unless each stage has a live worker, or a switch that is under
+        way may give it back one.
+        """
+        for stage in stages:
+            if not self._membership.unsettled(stage):
+                self.require(stage)
+
     def pair(self, records: Iterable[Record]) -> tuple[str, str]:
         """The prefill and the decode worker for a new attempt; one worker for both when it
         hosts both.
@@ -43,10 +51,16 @@ class Router:
                 load[record.prefill] += 1
         prefill = min(self.require(Stage.PREFILL), key=lambda w: (load[w.worker_id], w.worker_id))
         decoders = self.require(Stage.DECODE)
-        if Stage.DECODE in prefill.stages:
+        if any(worker.worker_id == prefill.worker_id for worker in decoders):
             return prefill.worker_id, prefill.worker_id
         decode = min(decoders, key=lambda w: (load[w.worker_id], w.worker_id))
         return prefill.worker_id, decode.worker_id
+
+    def decoder(self, records: Iterable[Record]) -> str:
+        """The decode worker with the fewest answers, for one that has to move."""
+        load = Counter(record.decode for record in records)
+        live = self.require(Stage.DECODE)
+        return min(live, key=lambda w: (load[w.worker_id], w.worker_id)).worker_id
 
     def encoder(self, cache_key: str, records: Iterable[Record]) -> str:
         """The encoder for one image: where the same image went before, else the least loaded."""
