@@ -2,15 +2,32 @@
 
 from __future__ import annotations
 
-from typing import Annotated
-
 import msgspec
-from msgspec import Meta
 
 from epd.kv.handoff import KVHandoff
+from epd.message_base import (
+    Count,
+    Life,
+    Message,
+    Name,
+    Query,
+    RequestMessage,
+    Seconds,
+    Text,
+    TokenId,
+)
 from epd.pruning_spec import PruningSpec
-from epd.queries import QUERY_CHARS
 from epd.request import MMItem, SamplingParams, TokenOutput
+from epd.switch_messages import (
+    MoveDecode,
+    Returned,
+    SwitchAbort,
+    SwitchCommit,
+    SwitchFailed,
+    SwitchPhase,
+    SwitchReady,
+    SwitchRole,
+)
 
 __all__ = [
     "MESSAGES",
@@ -49,27 +66,6 @@ __all__ = [
     "VisionTokensReceived",
     "WorkerStats",
 ]
-
-Name = Annotated[str, Meta(min_length=1, max_length=128)]
-Text = Annotated[str, Meta(max_length=512)]
-Query = Annotated[str, Meta(max_length=QUERY_CHARS)]
-Count = Annotated[int, Meta(ge=0, le=1 << 40)]
-Life = Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
-Letters = Annotated[str, Meta(pattern="^[EPD]{1,3}$")]
-Seconds = Annotated[float, Meta(ge=0.0, le=1e9)]
-TokenId = Annotated[int, Meta(ge=0, le=1 << 31)]
-
-
-class Message(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Base of everything that crosses the wire."""
-
-
-class RequestMessage(Message, frozen=True, kw_only=True):
-    """A message about one attempt at one request; late attempts are told apart by `attempt`."""
-
-    request_id: Name
-    attempt: Count
-
 
 # to every worker
 
@@ -137,7 +133,7 @@ class PrefillRequest(RequestMessage, frozen=True, kw_only=True):
     consumer: Name
     ttl: Seconds
     pruning: PruningSpec | None = None
-    queries: list[Query] = []
+    queries: list[Query] = msgspec.field(default_factory=list)
     budget: Count | None = None
 
 
@@ -178,36 +174,6 @@ class KVBlocks(RequestMessage, frozen=True, kw_only=True):
 
 class KVGone(RequestMessage, frozen=True, kw_only=True):
     """The pulled KV is no longer held."""
-
-
-# to a worker that changes its role
-
-
-class SwitchRole(Message, frozen=True, kw_only=True):
-    """Take up `stages`, coming from `epoch`: drain for at most `drain_seconds`, then load."""
-
-    switch_id: Name
-    stages: Letters
-    epoch: Count
-    drain_seconds: Seconds
-
-
-class SwitchCommit(Message, frozen=True, kw_only=True):
-    """The new role counts from now on, under the next epoch."""
-
-    switch_id: Name
-
-
-class SwitchAbort(Message, frozen=True, kw_only=True):
-    """Go back to the old role; without effect once the switch is committed."""
-
-    switch_id: Name
-
-
-class MoveDecode(RequestMessage, frozen=True, kw_only=True):
-    """Stop decoding the request between two steps and offer its KV to `consumer`."""
-
-    consumer: Name
 
 
 # to the gateway
@@ -314,38 +280,6 @@ class Tokens(Message, frozen=True, kw_only=True):
 
 class Evicted(RequestMessage, frozen=True, kw_only=True):
     """The request lost its KV to a fuller queue and cannot be recomputed here."""
-
-
-class Returned(RequestMessage, frozen=True, kw_only=True):
-    """Work handed back by a draining worker: these images, or with none the whole request."""
-
-    items: list[Count] = []
-
-
-class SwitchPhase(Message, frozen=True, kw_only=True):
-    """A phase of a switch ended (drain, unload, load), after so many seconds."""
-
-    switch_id: Name
-    phase: Name
-    seconds: Seconds
-    detail: Text = ""
-
-
-class SwitchReady(Message, frozen=True, kw_only=True):
-    """The new stages are loaded; the worker waits for the commit and serves nothing meanwhile
-    that only one of both roles could.
-    """
-
-    switch_id: Name
-    resident_bytes: Count
-
-
-class SwitchFailed(Message, frozen=True, kw_only=True):
-    """The worker refused the switch, or is back in its old role."""
-
-    switch_id: Name
-    phase: Name
-    message: Text
 
 
 class RequestFailed(RequestMessage, frozen=True, kw_only=True):
