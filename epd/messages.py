@@ -53,6 +53,7 @@ __all__ = [
     "PrefillDone",
     "PrefillRequest",
     "RequestFailed",
+    "RequestMessage",
     "Returned",
     "StepToken",
     "SwitchAbort",
