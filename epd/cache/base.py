@@ -133,6 +133,12 @@ class TokenCache(Protocol):
     async def flush(self) -> None:
         """Return once every write queued so far was tried."""
 
+    async def count(self, *, clear: bool = False) -> int | None:
+        """How many values there are, forgetting each of them if `clear`; None when nobody answers.
+
+        For operators: the time grows with the number of values.
+        """
+
     def stats(self) -> CacheStats:
         """A copy of the counters."""
 

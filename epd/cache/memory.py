@@ -93,6 +93,13 @@ class MemoryCache:
     async def flush(self) -> None:
         """Return at once: every write has happened."""
 
+    async def count(self, *, clear: bool = False) -> int | None:
+        """How many values are held."""
+        held = [key for key in list(self._entries) if self._alive(key)]
+        for key in held if clear else ():
+            self._forget(key)
+        return len(held)
+
     def stats(self) -> CacheStats:
         """A copy of the counters."""
         return replace(self.counters)

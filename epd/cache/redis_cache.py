@@ -20,6 +20,7 @@ from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from epd.cache.base import HEADER_BYTES, CachedTokens, CacheStats, pack_entry, unpack_entry
 from epd.cache.breaker import Breaker
+from epd.cache.sweep import sweep
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
@@ -168,6 +169,10 @@ class RedisCache:
         """Return once the queue is empty: each write succeeded or was dropped in bounded time."""
         await self._drained.wait()
 
+    async def count(self, *, clear: bool = False) -> int | None:
+        """How many values the server holds for us; see the protocol."""
+        return await sweep(self._run, f"{self._prefix}tokens:*", remove=clear)
+
     def stats(self) -> CacheStats:
         """A copy of the counters, with the breaker's state."""
         return replace(self.counters, breaker=self._breaker.state.value)
@@ -252,6 +257,9 @@ class RedisCache:
             sent = sent and await self._send("APPEND", target, part)
         return sent and (not large or await self._send("RENAME", target, name))
 
+    async def _run(self, *command: str | bytes | int) -> Any:
+        return await self._call(partial(self._client.execute_command, *command), None)
+
     async def _send(self, *command: str | bytes | int) -> bool:
         call = partial(self._client.execute_command, *command)
         return bool(await self._call(call, None, on_timeout=self._breaker.error))
@@ -294,8 +302,7 @@ class RedisCache:
         value = await _off_loop(size, lambda: unpack_entry(key, b"".join(parts)))
         if value is None:
             self.counters.damaged += 1
-            name = self._value_name(key)
-            await self._call(lambda: self._client.execute_command("UNLINK", name), None)
+            await self._run("UNLINK", self._value_name(key))
         return value
 
     async def _if_owner(self, key: str, command: str, *args: int) -> None:

@@ -34,7 +34,7 @@ _LOG = logging.getLogger(__name__)
 _BINARIES = ("redis-server", "valkey-server")
 _USER = "epd"
 _COMMANDS = (
-    "+ping +auth +get +getrange +strlen +set +append +rename +exists +unlink "
+    "+ping +auth +get +getrange +strlen +set +append +rename +exists +unlink +scan "
     "+pexpire +pttl +watch +unwatch +multi +exec"
 )
 _READY_SECONDS = 2.0

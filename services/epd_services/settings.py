@@ -44,6 +44,13 @@ class Settings(GatewaySettings):
         False, description="serve without API keys on an address that other machines reach"
     )
 
+    admin_port: int = Field(
+        0, ge=0, le=65535, description="loopback port of the admin API; 0: any free one"
+    )
+    admin_token_file: Path | None = Field(
+        None, description="token of the admin API; None: a new one in the run directory"
+    )
+
     run_dir: Path | None = Field(
         None, description="sockets and logs; None: a private temporary one"
     )
@@ -83,6 +90,10 @@ class Settings(GatewaySettings):
     chunked_prefill: bool = True
     layer_pruning: str | None = Field(
         None, description="prune inside the decoder: adaptinfer[:LAYERS]"
+    )
+
+    failpoints: str | None = Field(
+        None, description="for tests: where to fail, like switch.load=exit,admin.ready=pause:2"
     )
 
     log_format: Literal["auto", "console", "json"] = "auto"

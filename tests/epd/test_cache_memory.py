@@ -22,6 +22,23 @@ def tokens(rows: int, fill: int = 0) -> CachedTokens:
     return CachedTokens("float16", (rows, 1), bytes([fill]) * (2 * rows))
 
 
+def test_counting_and_clearing() -> None:
+    async def main() -> None:
+        clock = Clock()
+        cache = MemoryCache(ttl=10.0, clock=clock)
+        for name in "abc":
+            cache.put(name, tokens(2))
+        clock.now = 5.0
+        cache.put("d", tokens(2))
+        clock.now = 12.0
+        assert await cache.count() == 1, "the others have expired"
+        assert await cache.count(clear=True) == 1
+        assert (await cache.count(), cache.held_bytes) == (0, 0)
+        assert await cache.get("d") is None
+
+    asyncio.run(main())
+
+
 def test_round_trip_keeps_its_own_copy() -> None:
     async def main() -> None:
         cache = MemoryCache()

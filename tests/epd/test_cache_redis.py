@@ -137,6 +137,33 @@ def test_round_trip_between_two_clients(server: Server, rows: int) -> None:
 
 
 @needs_server
+def test_counting_and_clearing_touch_our_values_only(server: Server) -> None:
+    async def main() -> None:
+        async with opened(server) as cache, operator(server) as client:
+            await client.set("other:tokens:x", "theirs")
+            await client.set("epd:claim:x", "ours, and no value")
+            for number in range(1200):  # several pages
+                await client.set(f"epd:tokens:{number}", "x")
+            assert await cache.count() == 1200
+            assert await cache.count(clear=True) == 1200
+            assert await cache.count() == 0
+            assert sorted(await client.keys("*")) == [b"epd:claim:x", b"other:tokens:x"]
+
+    run(main())
+
+
+@needs_server
+def test_a_dead_server_counts_nothing(server: Server) -> None:
+    async def main() -> None:
+        async with opened(server) as cache:
+            server.signal(signal.SIGKILL)
+            assert await cache.count() is None
+            assert await cache.count(clear=True) is None
+
+    run(main())
+
+
+@needs_server
 def test_a_large_write_that_ends_half_way_is_never_seen(server: Server) -> None:
     async def main() -> None:
         value = CachedTokens("bfloat16", (1024, 4096), os.urandom(8 << 20))

@@ -15,6 +15,7 @@ import typer
 from typer.core import TyperGroup
 
 from epd.errors import EPDError
+from epd_services.cli.admin import admin_app
 from epd_services.cli.terminal import three_lines
 
 if TYPE_CHECKING:
@@ -44,6 +45,7 @@ app = typer.Typer(
 )
 config_app = typer.Typer(no_args_is_help=True, help="The settings: what they are and whence.")
 app.add_typer(config_app, name="config")
+app.add_typer(admin_app, name="admin")
 
 Config = Annotated[Path | None, typer.Option("--config", help="TOML file with settings.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on standard output.")]

@@ -146,6 +146,7 @@ def _announce(stack: Stack, card: ModelCard) -> None:
     print(f"  try it:  {_curl(stack)}")
     print(f"  logs:    {stack.run_dir}/*.log")
     print(f"  cache:   {_cache_words(settings)}")
+    print(f"  roles:   epd admin --run-dir {shlex.quote(str(stack.run_dir))} status")
     print("  stop:    Ctrl-C lets requests finish; twice stops at once", flush=True)
 
 

@@ -87,6 +87,11 @@ class PipelineDispatcher:
         """What happened so far, by name."""
         return self._attempts.counters
 
+    @property
+    def cache(self) -> TokenCache | None:
+        """The token cache that all workers share, if they do."""
+        return self._cache
+
     async def start(self) -> None:
         """Begin to listen and to watch the workers."""
         self._services = [asyncio.create_task(self._node.run()), asyncio.create_task(self._watch())]

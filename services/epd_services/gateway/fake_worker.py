@@ -51,6 +51,8 @@ class FakeWorker:
         self.switch: SwitchRole | None = None
         self.took: list[str] = []
         self.aborted: list[str] = []
+        self.fails_in: str | None = None
+        self.pause = 0.0
         self._revision = revision
         self._seconds = seconds
         self._network = network
@@ -137,3 +139,29 @@ class FakeWorker:
         self.switch = None
         self.send(failed)
         self.beat()
+
+    async def follow(self, *, every: float = 0.05) -> None:
+        """Send heartbeats and obey every order until cancelled, failing in the phase `fails_in`.
+
+        `pause` seconds pass between an order and the loaded role.
+        """
+        begun, ready = "", 0.0
+        clock = asyncio.get_running_loop().time
+        while True:
+            self.read(Message)
+            if self.switch is not None:
+                order = self.switch.switch_id
+                if order in self.took:
+                    self.commit()
+                elif order in self.aborted:
+                    self.fail("abort", "told to go back")
+                elif order != begun:
+                    begun, ready = order, clock() + self.pause
+                    self.obey("begin")
+                elif clock() >= ready and self.fails_in is not None:
+                    self.fail(self.fails_in, "it broke")
+                elif clock() >= ready:
+                    ready = float("inf")
+                    self.obey("ready")
+            self.beat()
+            await asyncio.sleep(every)

@@ -16,11 +16,13 @@ from epd.cache.factory import open_cache
 from epd.chat import ChatFormatter
 from epd.demo import BUILT_IN_NAME, CHECKPOINT
 from epd.errors import ConfigError
+from epd.failpoints import Failpoints
 from epd.membership import Membership
 from epd.models.card import ModelCard
 from epd.node import GATEWAY, Identity, Node
 from epd.transport import ZmqTransport
 from epd.wire import Codec
+from epd_services.admin.server import admin_server
 from epd_services.gateway.app import create_app
 from epd_services.gateway.dispatcher import DispatchLimits, PipelineDispatcher
 from epd_services.gateway.server import server_config
@@ -57,6 +59,7 @@ async def _serve(settings: Settings) -> int:
         clock=time.monotonic,
         limits=DispatchLimits(max_inflight=settings.max_inflight, drain=settings.drain_seconds),
         pruning=settings.pruning_policy(card),
+        failpoint=Failpoints.parse(settings.failpoints).hit,
     )
     app = create_app(settings, dispatcher, ChatFormatter(card))
     graceful = int(settings.drain_seconds) + 1
@@ -69,6 +72,11 @@ async def _serve(settings: Settings) -> int:
             timeout_graceful_shutdown=graceful,
         )
     )
+    async with admin_server(settings, dispatcher):
+        return await _until_stopped(server, dispatcher)
+
+
+async def _until_stopped(server: uvicorn.Server, dispatcher: PipelineDispatcher) -> int:
     serving = asyncio.create_task(server.serve())
     if await ended_before_stop(serving):
         _log.error("the HTTP server ended", error=repr(serving.exception())[:200])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from epd.errors import error_from_code
+from epd.message_base import RequestMessage
 from epd.messages import (
     Adopted,
     Cancel,
@@ -12,7 +13,6 @@ from epd.messages import (
     MissingItems,
     PrefillDone,
     RequestFailed,
-    RequestMessage,
     Returned,
     Tokens,
 )
