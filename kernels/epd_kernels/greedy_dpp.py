@@ -72,31 +72,38 @@ def _greedy_dpp_kernel(
     i_b = tl.program_id(0).to(tl.int64)
     similarity += i_b * N * N
     factors += i_b * K * N
-    o_n = tl.arange(0, BLOCK_N)
+    relevance += i_b * N
+    o_n, o_t = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_T)
     m_n = o_n < N
-    b_r = tl.load(relevance + i_b * N + o_n, mask=m_n, other=0.0).to(tl.float32)
+    b_r = tl.load(relevance + o_n, mask=m_n, other=0.0).to(tl.float32)
     b_u = tl.load(similarity + o_n.to(tl.int64) * (N + 1), mask=m_n, other=0.0).to(tl.float32)
-    b_free = m_n.to(tl.int32)
+    # order-preserving integers: fills by relevance, all below zero; whoever is taken, lowest
+    b_fill = b_r.to(tl.int32, bitcast=True) - 0x7FFFFFFF
+    b_fill = tl.where(m_n, b_fill, -0x80000000)
     for i_t in range(0, K):
-        b_gain = tl.where((b_free > 0) & (b_u > eps), b_r * b_r * b_u, 0.0)
-        b_best = tl.max(b_gain, axis=0)
-        b_fill = tl.where(b_free > 0, b_r, -1.0)
-        i_j = tl.argmax(tl.where(b_best > 0, b_gain, b_fill), axis=0)
+        b_gain = tl.where((b_fill != -0x80000000) & (b_u > eps), b_r * b_r * b_u, 0.0)
+        b_key = tl.where(b_gain > 0, b_gain.to(tl.int32, bitcast=True), b_fill)
+        best, i_j = tl.max(b_key, axis=0, return_indices=True, return_indices_tie_break_left=True)
+        gain = tl.maximum(best, 0).to(tl.float32, bitcast=True)
         b_row = tl.load(similarity + i_j.to(tl.int64) * N + o_n, mask=m_n, other=0.0).to(tl.float32)
+        chosen_r = tl.load(relevance + i_j).to(tl.float32)
+        b_explained = tl.zeros((BLOCK_T, BLOCK_N), tl.float32)
         for i_s in range(0, i_t, BLOCK_T):
-            o_s = i_s + tl.arange(0, BLOCK_T)
-            m_s = o_s < i_t
-            b_column = tl.load(factors + o_s * N + i_j, mask=m_s, other=0.0)
+            m_s = i_s + o_t < i_t
+            o_s = (i_s + o_t) * N
+            b_column = tl.load(factors + o_s + i_j, mask=m_s, other=0.0)
             m_c = m_s[:, None] & m_n[None, :]
-            b_c = tl.load(factors + o_s[:, None] * N + o_n[None, :], mask=m_c, other=0.0)
-            b_row -= tl.sum(b_column[:, None] * b_c, axis=0)
-        b_pivot = tl.sum(tl.where(o_n == i_j, b_u, 0.0), axis=0)
-        b_row = tl.where(b_best > 0, b_row * tl.rsqrt(tl.maximum(b_pivot, eps)), 0.0)
+            b_c = tl.load(factors + o_s[:, None] + o_n[None, :], mask=m_c, other=0.0)
+            b_explained += b_column[:, None] * b_c
+        b_row -= tl.sum(b_explained, axis=0)
+        # the residual variance of the chosen one is its gain over r^2
+        pivot = tl.maximum(gain / tl.maximum(chosen_r * chosen_r, 1e-30), eps)
+        b_row = tl.where(gain > 0, b_row * tl.rsqrt(pivot), 0.0)
         tl.store(factors + i_t * N + o_n, b_row, mask=m_n)
         tl.store(indices + i_b * K + i_t, i_j.to(tl.int64))
-        tl.store(gains + i_b * K + i_t, b_best)
+        tl.store(gains + i_b * K + i_t, gain)
         b_u = tl.maximum(b_u - b_row * b_row, 0.0)
-        b_free = tl.where(o_n == i_j, 0, b_free)
+        b_fill = tl.where(o_n == i_j, -0x80000000, b_fill)
         # the next step reads rows that other threads of this program have written
         tl.debug_barrier()
 
@@ -113,11 +120,17 @@ def greedy_dpp_triton(
     if not indices.numel():
         return indices, gains
     factors = torch.empty(batch, num_kept, size, dtype=torch.float32, device=device)
-    block = next_power_of_2(size)
-    block_t = 4 if INTERPRETED else min(max(1, 16384 // block), 32)
+    block_t, warps = dpp_config(size)
     _greedy_dpp_kernel[(batch,)](
         similarity.contiguous(), relevance.contiguous(), factors, indices, gains,
-        size, num_kept, eps, BLOCK_N=block, BLOCK_T=block_t,
-        num_warps=min(max(block // 128, 4), 16),
+        size, num_kept, eps, BLOCK_N=next_power_of_2(size), BLOCK_T=block_t, num_warps=warps,
     )  # fmt: skip
     return indices, gains
+
+
+def dpp_config(size: int) -> tuple[int, int]:
+    """Rows c that are read at a time, and warps, for processes of `size` tokens."""
+    if INTERPRETED:
+        return 4, 4
+    block = next_power_of_2(size)
+    return min(max(1, 8192 // block), 16), min(max(block // 128, 4), 16)

@@ -15,7 +15,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from epd_kernels.row_sort import sort_rows
 from epd_pruning.errors import PruningError
+from epd_pruning.selection import together
 
 __all__ = ["ImagePruner", "Pool", "PruningError", "QueryPruner", "TokenPruner", "VisionInputs"]
 
@@ -205,7 +207,7 @@ class TokenPruner(ABC):
         order = self.rank_images(needed, count)[:, :count]
         wanted = (len(images), count)
         assert order.shape == wanted and order.dtype == torch.int64, f"{self.name}: bad order"
-        indices, rank = order.sort()
+        indices, rank = sort_rows(order)
         pooled = [image.only(self.query_needs) for image in images]
         if count < size:
             pooled = [
@@ -238,8 +240,8 @@ class TokenPruner(ABC):
             order = self.rank_queries([asked[i] for i in members], count)[:, :count]
             wanted = (len(members), count)
             assert order.shape == wanted and order.dtype == torch.int64, f"{self.name}: bad order"
-            places = torch.stack([narrow[i].indices for i in members])
-            chosen.update(zip(members, places.gather(1, order.sort().values), strict=True))
+            places = together([narrow[i].indices for i in members])
+            chosen.update(zip(members, places.gather(1, sort_rows(order)[0]), strict=True))
         return [chosen[i] for i in range(len(pools))]
 
     def prune(self, inputs: VisionInputs, num_kept: int) -> Tensor:
@@ -306,7 +308,7 @@ def _take_all(images: Sequence[VisionInputs], rows: Tensor) -> list[VisionInputs
     which = torch.arange(len(images), device=rows.device)[:, None]
     kinds = [name for name in _PER_TOKEN if getattr(images[0], name) is not None]
     taken: dict[str, Any] = {
-        name: torch.stack([getattr(image, name) for image in images])[which, rows].unbind()
+        name: together([getattr(image, name) for image in images])[which, rows].unbind()
         for name in kinds
     }
     return [

@@ -39,7 +39,7 @@ def graph_score(
     min_degree: int = 4,
     gamma: float = 1.0,
 ) -> Tensor:
-    """Redundancy [N] of `embeddings` [N, D], fp32: d·exp(γ(μ − τ)) in the graph of cosines ≥ τ.
+    """Redundancy [..., N] of `embeddings` [..., N, D]: d·exp(γ(μ − τ)) where cosines are ≥ τ.
 
     d is a token's degree, μ its mean edge weight; below `min_degree` edges the score is averaged
     with the mean cosine to all compared tokens. `dense` compares all pairs, self included;
@@ -47,11 +47,12 @@ def graph_score(
     the compared pairs, rounded down by less than 0.001.
     """
     quantile, constant = parse_tau(tau)
-    return kernel.graph_score(
-        embeddings[None],
+    score = kernel.graph_score(
+        embeddings if embeddings.dim() == 3 else embeddings[None],
         bipartite=mode == "bipartite",
         tau=constant,
         quantile=quantile,
         min_degree=min_degree,
         gamma=gamma,
-    )[0]
+    )
+    return score.view(embeddings.shape[:-1])

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
+from epd_kernels import relevance as kernel
+from epd_kernels.relevance import FLOOR
 from epd_pruning.base import TokenPruner, VisionInputs
 from epd_pruning.errors import PruningError
-from epd_pruning.selection import at_least_fp32, stable_top_k, unit_rows
+from epd_pruning.selection import at_least_fp32, stable_top_k, together, unit_rows
 
 __all__ = [
     "FLOOR",
@@ -24,9 +27,6 @@ __all__ = [
 QueryEncoder = Literal["clip_text", "llm_embed_mean"]
 RelevanceForm = Literal["floor", "exp", "raw", "offset"]
 
-# the least relevant token stays selectable: r = 0 could never be chosen before residuals run out
-FLOOR = 1e-3
-
 
 def raw_relevance(
     tokens: Tensor, query: Tensor, *, normalise: bool = True, best_segments: bool = True
@@ -36,14 +36,18 @@ def raw_relevance(
     Cosines, or dot products without `normalise`. With `best_segments` only the max(1, ⌊M/2⌋)
     segments nearest to the image on average count (Script's filter, idle at M = 1).
     """
-    if tokens.shape[1] != query.shape[1]:
-        raise PruningError("query", f"vectors of width {tokens.shape[1]}", tuple(query.shape))
+    _check_widths(tokens, query)
     rescale = unit_rows if normalise else at_least_fp32
     similarity = rescale(query) @ rescale(tokens).mT
     if best_segments:
         kept = stable_top_k(similarity.mean(1), max(1, similarity.shape[0] // 2))
         similarity = similarity[kept]
     return similarity.mean(0)
+
+
+def _check_widths(tokens: Tensor, query: Tensor) -> None:
+    if tokens.shape[1] != query.shape[1]:
+        raise PruningError("query", f"vectors of width {tokens.shape[1]}", tuple(query.shape))
 
 
 def shape_relevance(raw: Tensor, form: RelevanceForm, weight: float = 0.5) -> Tensor:
@@ -53,16 +57,12 @@ def shape_relevance(raw: Tensor, form: RelevanceForm, weight: float = 0.5) -> Te
     plain DPP. `raw`: as it is, 0 included (Script's release). `offset`: 1e-6 on the numerator
     (CDPruner's release). Where every value is equal, or one is not finite, r = 1.
     """
-    low, high = raw.min(), raw.max()
-    flat = ~((high - low) > 1e-6 * raw.abs().max())
-    shaped = (raw - low) / (high - low).clamp_min(torch.finfo(raw.dtype).tiny)
-    if form == "floor":
-        shaped = shaped.clamp_min(FLOOR)
-    elif form == "exp":
-        shaped = torch.exp(weight / (2 * (1 - weight)) * (shaped - 1))
-    elif form == "offset":
-        shaped = shaped + 1e-6 / (high - low).clamp_min(torch.finfo(raw.dtype).tiny)
-    return torch.where(flat | ~raw.isfinite().all(), 1.0, shaped)
+    return kernel.shape_relevance(raw, form, _exponent(weight))
+
+
+def _exponent(weight: float) -> float:
+    """α of e^(α(r−1))."""
+    return weight / (2 * (1 - weight))
 
 
 @dataclass(frozen=True)
@@ -96,16 +96,33 @@ class ConditionedPruner(TokenPruner):
 
     def relevance(self, inputs: VisionInputs) -> Tensor:
         """r [N] of `inputs` under its query; ones where the question is empty."""
-        if inputs.query is None or inputs.query.shape[0] == 0:
-            return torch.ones(inputs.num_tokens, device=inputs.device)
+        return self.relevances([inputs])[0]
+
+    def relevances(self, inputs: Sequence[VisionInputs]) -> Tensor:
+        """`relevance` [B, N] of pools of one shape, each under its own query."""
+        first = inputs[0]
+        if first.query is None or first.query.shape[0] == 0:
+            return torch.ones(len(inputs), first.num_tokens, device=first.device)
         clip = self.query_encoder == "clip_text"
-        raw = raw_relevance(
-            inputs.require("aligned") if clip else inputs.embeddings,
-            inputs.query,
-            normalise=self.relevance_form != "raw",
-            best_segments=self.best_segments,
+        sign: Literal[-1, 1] = self.relevance_sign or (-1 if clip else 1)
+        tokens = [one.require("aligned") if clip else one.embeddings for one in inputs]
+        queries = [one.require("query") for one in inputs]
+        if queries[0].shape[0] > 1 or self.relevance_form == "raw":
+            return torch.stack(
+                [self._shaped(sign, *pair) for pair in zip(tokens, queries, strict=True)]
+            )
+        _check_widths(tokens[0], queries[0])
+        return kernel.relevance(
+            together(tokens),
+            torch.cat(queries),
+            sign=sign,
+            form=self.relevance_form,
+            weight=_exponent(self.relevance_weight),
         )
-        sign = self.relevance_sign or (-1 if clip else 1)
+
+    def _shaped(self, sign: int, tokens: Tensor, query: Tensor) -> Tensor:
+        normalise = self.relevance_form != "raw"
+        raw = raw_relevance(tokens, query, normalise=normalise, best_segments=self.best_segments)
         return shape_relevance(sign * raw, self.relevance_form, self.relevance_weight)
 
 

@@ -7,18 +7,19 @@ Large Language Models", TMLR 2025 (arXiv 2512.01949).
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from epd_pruning.base import VisionInputs
+from epd_pruning.base import TokenPruner, VisionInputs
 from epd_pruning.dpp import greedy_dpp
 from epd_pruning.errors import PruningError
 from epd_pruning.graph import GraphMode, graph_score, parse_tau
 from epd_pruning.relevance import ConditionedPruner, RelevanceForm
-from epd_pruning.selection import cosine_matrix, stable_top_k
+from epd_pruning.selection import cosine_matrix, stable_top_k, together
 
 __all__ = ["Script", "intersection_first", "pool_first"]
 
@@ -81,17 +82,24 @@ class Script(ConditionedPruner):
             return num_tokens
         return self._graph_size(num_tokens, num_kept)
 
-    def rank_image(self, inputs: VisionInputs, count: int) -> Tensor:
+    def rank_images(self, inputs: Sequence[VisionInputs], count: int) -> Tensor:
         if self.combine != "cascade":
-            return torch.arange(inputs.num_tokens, device=inputs.device)
-        return self._graph_order(inputs.embeddings, count, self.graph_keep)
+            return TokenPruner.rank_images(self, inputs, count)
+        embeddings = together([image.embeddings for image in inputs])
+        return self._graph_order(embeddings, count, self.graph_keep)
+
+    def rank_queries(self, inputs: Sequence[VisionInputs], num_kept: int) -> Tensor:
+        if self.combine != "cascade":
+            return TokenPruner.rank_queries(self, inputs, num_kept)
+        embeddings = together([image.embeddings for image in inputs])
+        similarity = cosine_matrix(embeddings, power=self.similarity_power)
+        return greedy_dpp(similarity, num_kept, relevance=self.relevances(inputs)).indices
 
     def rank_query(self, inputs: VisionInputs, num_kept: int) -> Tensor:
+        if self.combine == "cascade":
+            return self.rank_queries([inputs], num_kept)[0]
         r = self.relevance(inputs)
         similarity = cosine_matrix(inputs.embeddings)
-        if self.combine == "cascade":
-            powered = similarity**self.similarity_power
-            return greedy_dpp(powered, num_kept, relevance=r).indices
         if self.combine == "intersect_fill":
             order = greedy_dpp(similarity, min(r.shape[0], 2 * num_kept), relevance=r).indices
             size = self._graph_size(r.shape[0], num_kept)

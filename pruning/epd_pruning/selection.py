@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from epd_kernels.cosines import cosines
+from epd_kernels.row_sort import sort_rows
 from epd_pruning.errors import PruningError
 
 if TYPE_CHECKING:
@@ -21,6 +23,7 @@ __all__ = [
     "split_budget",
     "spread",
     "stable_top_k",
+    "together",
     "unit_rows",
 ]
 
@@ -37,17 +40,32 @@ def unit_rows(x: Tensor) -> Tensor:
     return x / length.clamp_min(1e-12)
 
 
-def cosine_matrix(x: Tensor, y: Tensor | None = None) -> Tensor:
-    """Cosines [..., N, M] between the rows of `x` and of `y` (of `x` itself by default).
+def cosine_matrix(x: Tensor, y: Tensor | None = None, *, power: int = 1) -> Tensor:
+    """Cosines [N, M] between the rows of `x` and of `y`, or [..., N, N] of `x` itself to a `power`.
 
     A row's cosine to itself is exactly 1 (0 for a zero row), so that rounding decides no argmax.
     """
-    rows = unit_rows(x)
     if y is not None:
-        return rows @ unit_rows(y).mT
-    cosines = rows @ rows.mT
-    cosines.diagonal(dim1=-2, dim2=-1).copy_((rows != 0).any(-1))
-    return cosines
+        return unit_rows(x) @ unit_rows(y).mT
+    batched = x if x.dim() == 3 else x[None]
+    return cosines(batched, power=power).view(*x.shape[:-1], x.shape[-2])
+
+
+def together(tensors: Sequence[Tensor]) -> Tensor:
+    """`tensors` of one shape as a batch; a single one, or parts of one tensor, are not copied."""
+    first = tensors[0]
+    if len(tensors) == 1:
+        return first[None]
+    size, base = first.numel(), first.data_ptr()
+    storage = first.untyped_storage().data_ptr()
+    if first.is_contiguous() and all(
+        t.is_contiguous()
+        and t.untyped_storage().data_ptr() == storage
+        and t.data_ptr() == base + place * size * t.element_size()
+        for place, t in enumerate(tensors)
+    ):
+        return first.as_strided((len(tensors), *first.shape), (size, *first.stride()))
+    return torch.stack(list(tensors))
 
 
 def group_sums(rows: Tensor, home: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -61,9 +79,8 @@ def group_sums(rows: Tensor, home: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 def stable_top_k(scores: Tensor, count: int, *, largest: bool = True) -> Tensor:
     """Indices [..., count] of the best scores, best first; ties to the lowest index, NaN last."""
-    worst = -math.inf if largest else math.inf
-    order = torch.where(scores.isnan(), worst, scores).argsort(descending=largest, stable=True)
-    return order[..., :count]
+    rows = scores.reshape(-1, scores.shape[-1])
+    return sort_rows(rows, largest=largest)[1].view(scores.shape)[..., :count]
 
 
 def spread(num_tokens: int, count: int, device: torch.device | None = None) -> Tensor:

@@ -31,7 +31,7 @@ def build(kernel: Any, types: dict[str, str], constants: dict[str, Any], warps: 
     aligned = {
         (i,): [["tt.divisibility", 16]]
         for i, n in enumerate(names)
-        if signature[n].startswith("*") or "stride" in n
+        if signature[n].startswith("*") or "stride" in n or (n, signature[n]) == ("D", "i32")
     }
     fixed = {(names.index(n),): value for n, value in constants.items()}
     options = {"num_warps": warps, "num_stages": stages}
@@ -79,7 +79,7 @@ def all_kernels() -> dict[str, dict[str, Any]]:
     combine = {"D": 128, "BLOCK_D": 128, "SPLITS": 4, "BLOCK_S": 4}
     types = {"partial": "*fp32", "stats": "*fp32", "out": "*bf16"}
     found["combine"] = describe(build(attention._combine_kernel, types, combine, 4, 3))
-    found |= elementwise() | quantisers() | gemms()
+    found |= elementwise() | quantisers() | gemms() | selection()
     return found
 
 
@@ -147,6 +147,55 @@ def gemms() -> dict[str, dict[str, Any]]:
             result["per_weight"] = result["loop"] * 4 * 32 / (rows * 128)
             found[f"gemm-{code}-{dtype}-{tokens}"] = result
     return found
+
+
+def selection() -> dict[str, dict[str, Any]]:
+    graph, cosines, relevance, sorting, dpp = (
+        importlib.import_module(f"epd_kernels.{name}")
+        for name in ("graph_score", "cosines", "relevance", "row_sort", "greedy_dpp")
+    )
+
+    def floats(*names: str) -> dict[str, str]:
+        return dict.fromkeys(names, "*fp32")
+
+    tile = {"BLOCK": 64, "BLOCK_D": 128}
+    sums = {**floats("inverse", "tau", "row_sums", "column_sums"), "x": "*bf16",
+            "histogram": "*i32"}  # fmt: skip
+    found = {
+        f"graph-{step}-{counting}": build(
+            graph._graph_kernel, sums, {**tile, "STEP": step, "HISTOGRAM": counting, "BINS": 2048},
+            8 if counting else 4, 3,
+        )
+        for step in (1, 2)
+        for counting in (True, False)
+    }  # fmt: skip
+    types = {**floats("inverse", "out"), "x": "*bf16"}
+    found["cosines"] = build(cosines._cosine_kernel, types, {**tile, "POWER": 4}, 4, 3)
+    found["norms"] = build(
+        graph._norm_kernel, {"x": "*bf16", "inverse": "*fp32"}, {"BLOCK_D": 1024}, 4, 3
+    )
+    types = {"histogram": "*i32", "tau": "*fp32", "quantile": "fp32"}
+    found["threshold"] = build(graph._threshold_kernel, types, {"BINS": 2048}, 4, 3)
+    types = floats("sums", "tau", "score")
+    types |= dict.fromkeys(("compared", "min_degree", "gamma"), "fp32")
+    score = {"SIDE": 0, "SIDES": 1, "BLOCK": 64}
+    found["score"] = build(graph._score_kernel, types, score, 2, 3)
+    for kind in ("fp32", "i64"):
+        types = {"x": f"*{kind}", "values": f"*{kind}", "indices": "*i64"}
+        fixed = {"LARGEST": False, "FLOATING": kind == "fp32", "BLOCK": 32, "BLOCK_J": 128}
+        found[f"sort-{kind}"] = build(sorting._sort_kernel, types, fixed, 4, 3)
+    types = {"tokens": "*bf16", "query": "*bf16", "raw": "*fp32", "sign": "fp32"}
+    fixed = {"BLOCK": 8, "BLOCK_C": 512}
+    found["to-query"] = build(relevance._cosine_to_query_kernel, types, fixed, 4, 3)
+    types = {**floats("raw", "out"), "weight": "fp32"}
+    found["shape"] = build(relevance._shape_kernel, types, {"FORM": "exp", "BLOCK": 256}, 2, 3)
+    types = {**floats("similarity", "relevance", "factors", "gains"), "indices": "*i64",
+             "eps": "fp32"}  # fmt: skip
+    for size in (231, 576, 1152, 2880):
+        rows, warps = dpp.dpp_config(size)
+        fixed = {"BLOCK_N": launch.next_power_of_2(size), "BLOCK_T": rows}
+        found[f"dpp-{size}"] = build(dpp._greedy_dpp_kernel, types, fixed, warps, 3)
+    return {name: describe(built) for name, built in found.items()}
 
 
 if __name__ == "__main__":

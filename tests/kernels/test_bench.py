@@ -11,7 +11,9 @@ import pytest
 BENCH = Path(__file__).parents[2] / "kernels" / "bench"
 
 
-@pytest.mark.parametrize(("script", "cells"), [("bench_gemm", 10), ("bench_attention", 3)])
+@pytest.mark.parametrize(
+    ("script", "cells"), [("bench_gemm", 10), ("bench_attention", 3), ("bench_selection", 2)]
+)
 def test_dry_run(script, cells, tmp_path):
     done = subprocess.run(
         [sys.executable, BENCH / f"{script}.py", "--dry-run"],

@@ -45,6 +45,14 @@ def test_decode_runs_on_tensor_cores(compiled, dtype):
     assert compiled[f"decode-{dtype}"]["mma"]
 
 
+@pytest.mark.parametrize(
+    "name",
+    ["cosines", *(f"graph-{step}-{counting}" for step in (1, 2) for counting in (True, False))],
+)
+def test_similarities_run_on_wgmma(compiled, name):
+    assert compiled[name]["wgmma"] and not compiled[name]["mma"]
+
+
 @pytest.mark.parametrize("tokens", [16, 64, 128])
 @pytest.mark.parametrize(
     ("scheme", "kind"),
