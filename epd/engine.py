@@ -275,10 +275,7 @@ class LLM:
             image_token_id=self.card.image_token_id, mm_keys=job.keys, sampling=job.sampling,
         )  # fmt: skip
         queries = job.queries or [""] * len(pools)
-        chosen = [
-            self._selector.select(pool, job.pruning, query)
-            for pool, query in zip(pools, queries, strict=True)
-        ]
+        chosen = self._selector.select_all(pools, job.pruning, queries)
         if job.pruning is not None:
             sequence = pruned(sequence, job.pruning, [kept for _, kept in chosen])
         self.core.add(sequence, [tokens for tokens, _ in chosen])

@@ -76,24 +76,25 @@ def make_pools(
     ]
     needs = [p.image_needs | p.query_needs for p in pruners if p is not None]
     inputs = encoder.encode_inputs(images, frozenset().union(*needs))
-    return [
-        _pool(image, pruner, spec, name)
-        for image, pruner, spec, name in zip(inputs, pruners, specs, names, strict=True)
-    ]
+    pools = [[image.embeddings] for image in inputs]
+    together: dict[TokenPruner, list[int]] = {}
+    for place, pruner in enumerate(pruners):
+        if pruner is not None:
+            together.setdefault(pruner, []).append(place)
+    for pruner, places in together.items():
+        seeded = [dataclasses.replace(inputs[i], seed=_seed(names[i])) for i in places]
+        counts = [spec.num_kept(sizes[i]) for i in places if (spec := specs[i]) is not None]
+        try:
+            made = pruner.prepare_all(seeded, counts)
+        except PruningError as error:
+            raise _refusal(error) from None
+        for place, pool in zip(places, made, strict=True):
+            pools[place] = _packed(pool, pruner)
+    return pools
 
 
-def _pool(
-    inputs: VisionInputs, pruner: TokenPruner | None, spec: PruningSpec | None, name: str
-) -> list[torch.Tensor]:
-    if pruner is None or spec is None:
-        return [inputs.embeddings]
-    seed = int(hashlib.sha256(name.encode()).hexdigest()[:15], 16)
-    seeded = dataclasses.replace(inputs, seed=seed)
-    try:
-        pool = pruner.prepare(seeded, spec.num_kept(inputs.num_tokens))
-    except PruningError as error:
-        raise _refusal(error) from None
-    return _packed(pool, pruner)
+def _seed(name: str) -> int:
+    return int(hashlib.sha256(name.encode()).hexdigest()[:15], 16)
 
 
 def _packed(pool: Pool, pruner: TokenPruner) -> list[torch.Tensor]:
@@ -151,20 +152,38 @@ class TokenSelector:
         larger one. Raises `InvalidRequestError` for what this checkpoint cannot do, `WireError`
         for tensors that are no pool of `spec`.
         """
+        return self.select_all([tensors], spec, [query], budget)[0]
+
+    @torch.no_grad()
+    def select_all(
+        self,
+        images: Sequence[Sequence[torch.Tensor]],
+        spec: PruningSpec | None,
+        queries: Sequence[str],
+        budget: int | None = None,
+    ) -> list[tuple[torch.Tensor, KeptTokens | None]]:
+        """`select` for the images of one request, chosen from together."""
         pruner = spec.pruner() if spec is not None else None
-        if len(tensors) == 1 or spec is None or pruner is None:
-            return tensors[0], None
+        chosen: list[tuple[torch.Tensor, KeptTokens | None]] = [(i[0], None) for i in images]
+        places = [place for place, tensors in enumerate(images) if len(tensors) > 1]
+        if spec is None or pruner is None or not places:
+            return chosen
         pruner = self._oriented(pruner)
-        pool = _unpacked(tensors, pruner)
-        count = spec.num_kept(pool.num_tokens)
+        pools = [_unpacked(images[place], pruner) for place in places]
+        counts = [spec.num_kept(pool.num_tokens) for pool in pools]
         if budget is not None and pruner.prefix:
-            count = min(count, count_of(budget, pool.num_tokens))
+            most = [count_of(budget, pool.num_tokens) for pool in pools]
+            counts = [min(pair) for pair in zip(counts, most, strict=True)]
+        vectors = [self._vectors(pruner, queries[place]) for place in places]
         try:
-            keep = pruner.select(pool, count, query=self._vectors(pruner, query))
+            keeps = pruner.select_all(pools, counts, queries=vectors)
         except PruningError as error:
             raise _refusal(error) from None
-        kept = KeptTokens(pool.num_tokens, keep.tolist(), spec.fingerprint())
-        return pool.gather(keep), kept
+        digest = spec.fingerprint()
+        for place, pool, keep in zip(places, pools, keeps, strict=True):
+            kept = KeptTokens(pool.num_tokens, keep.tolist(), digest)
+            chosen[place] = (pool.gather(keep), kept)
+        return chosen
 
     def _oriented(self, pruner: TokenPruner) -> TokenPruner:
         """The pruner with the relevance sign of this checkpoint's tower, unless one was given."""
