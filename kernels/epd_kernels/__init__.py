@@ -17,12 +17,14 @@ from .fused_quant import (
     silu_mul_quant,
     silu_mul_quant_ref,
 )
-from .kv_int4 import QuantKV, dequantize_kv, quantize_kv
+from .kv_codes import KVFormat, QuantKV, dequantize_kv, quantize_kv
 from .kv_store import store_kv, store_kv_ref
 from .linear import QuantLinear, Scheme
 from .norm import add_rms_norm, add_rms_norm_ref, rms_norm, rms_norm_ref
 from .packing import Format, PackedWeight, QuantWeight, pack, quantize_weight
 from .paged_attention import paged_attention, paged_attention_ref
+from .quantized_attention import quantized_attention, quantized_attention_ref
+from .quantized_store import HeadNorms, rope_store_kv, rope_store_kv_ref
 from .rope import apply_rope, apply_rope_ref
 from .silu_mul import silu_mul, silu_mul_ref
 from .w4_dequant import dequantize_fp8, dequantize_fp8_ref, w4a8_fp8_large
@@ -33,6 +35,8 @@ __all__ = [
     "FormatError",
     "Fp8Linear",
     "Fp8Weight",
+    "HeadNorms",
+    "KVFormat",
     "PackedWeight",
     "QuantKV",
     "QuantLinear",
@@ -58,8 +62,12 @@ __all__ = [
     "quantize_kv",
     "quantize_weight",
     "quantize_weight_fp8",
+    "quantized_attention",
+    "quantized_attention_ref",
     "rms_norm",
     "rms_norm_ref",
+    "rope_store_kv",
+    "rope_store_kv_ref",
     "silu_mul",
     "silu_mul_quant",
     "silu_mul_quant_ref",

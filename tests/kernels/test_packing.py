@@ -7,7 +7,6 @@ import torch
 
 from epd_kernels import FormatError
 from epd_kernels.activations import group_sums, quantize_fp8
-from epd_kernels.kv_int4 import dequantize_kv, quantize_kv
 from epd_kernels.packing import Format, QuantWeight, pack, quantize_weight
 
 FORMATS = list(Format)
@@ -150,26 +149,3 @@ def test_group_sums():
         for g in range(4):
             values = codes[m, g * 32 : g * 32 + 32].double()
             assert float(sums[m, g]) == pytest.approx(float(values.sum()), abs=1e-3)
-
-
-@pytest.mark.parametrize("symmetric", [True, False])
-@pytest.mark.parametrize("dim", [2, 64, 128])
-def test_kv_int4(symmetric, dim):
-    x = torch.randn(17, 2, dim, generator=torch.Generator().manual_seed(dim))
-    x[0] = 0
-    x[1] = 5.0
-    packed = quantize_kv(x, symmetric=symmetric)
-    back = dequantize_kv(packed)
-    assert packed.data.shape == (17, 2, dim // 2) and not back[0].any()
-    torch.testing.assert_close(back[1], x[1])
-    edge = 0.5 if symmetric else 1.0
-    assert bool(((back - x).abs() <= packed.scales[..., None] * edge * 1.0001).all())
-    low, high = packed.data & 15, packed.data >> 4
-    first = (low.float() - packed.zeros[..., None]) * packed.scales[..., None]
-    assert torch.equal(first, back[..., : dim // 2])
-    assert int(high.max()) <= 15 and int(low.max()) <= 15
-
-
-def test_kv_int4_refuses_odd_heads():
-    with pytest.raises(FormatError, match="found 7"):
-        quantize_kv(torch.zeros(1, 1, 7))

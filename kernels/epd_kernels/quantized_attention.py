@@ -1,0 +1,235 @@
+"""Causal attention over a paged cache of four- or eight-bit keys and values.
+
+The op is `paged_attention` with coded caches (see `kv_codes`). With codes u, zeros z and scales
+s of a key, and t, y those of a value's scale and zero,
+
+    scale * q.k = s * (q.u - z * sum q),     sum p v = sum (p t) u - sum (p t) y
+
+so codes meet the matrix unit as they are (see `coded_tile`), and everything per token is applied
+to scores and weights.
+
+Everything a query sees is read from codes, its own step's keys included: a prompt in one piece,
+in chunks, or behind a cached prefix meets the same numbers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .coded_tile import attend_codes
+from .kv_codes import KVFormat, QuantKV, dequantize_kv
+from .launch import INTERPRETED, device_facts, jit, next_power_of_2, previous_power_of_2, tl
+from .paged_attention import _combine_kernel, paged_attention_ref
+
+__all__ = ["CodedConfig", "coded_config", "quantized_attention", "quantized_attention_ref"]
+
+_LOG2_E = 1.4426950408889634
+_MIN_SPLIT = 512
+
+
+@dataclass(frozen=True, slots=True)
+class CodedConfig:
+    """Tile rows, KV positions per step, warps, stages, and decode programs per multiprocessor."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+    occupancy: int = 2
+    use_ptx: bool = not INTERPRETED
+
+
+def coded_config(*, head_dim: int, rows: int, decode: bool) -> CodedConfig:
+    """The launch configuration for `rows` (query, head) pairs per tile, 16 at least."""
+    block_m = max(16, next_power_of_2(rows))
+    if INTERPRETED:
+        return CodedConfig(block_m, 32, 4, 1)
+    if decode:
+        return CodedConfig(block_m, 128, 4, 3, 4)
+    return CodedConfig(max(64, block_m), 64, 4, 2)
+
+
+def quantized_attention(
+    q: torch.Tensor, k_cache: QuantKV, v_cache: QuantKV, *,
+    block_tables: torch.Tensor, cu_seqlens_q: torch.Tensor, seq_lens: torch.Tensor,
+    scale: float, max_seqlen_q: int, max_seqlen_k: int,
+) -> torch.Tensor:  # fmt: skip
+    """Attention output `[T, num_heads, head_dim]`, arguments as of `paged_attention`.
+
+    Caches are coded: `[num_blocks, block_size, Hkv, W]`, scales `[num_blocks, block_size, Hkv]`.
+    """
+    run = quantized_attention_triton if q.is_cuda else quantized_attention_ref
+    return run(
+        q, k_cache, v_cache, block_tables=block_tables, cu_seqlens_q=cu_seqlens_q,
+        seq_lens=seq_lens, scale=scale, max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k,
+    )  # fmt: skip
+
+
+def quantized_attention_ref(
+    q: torch.Tensor, k_cache: QuantKV, v_cache: QuantKV, *,
+    block_tables: torch.Tensor, cu_seqlens_q: torch.Tensor, seq_lens: torch.Tensor,
+    scale: float, max_seqlen_q: int, max_seqlen_k: int,
+) -> torch.Tensor:  # fmt: skip
+    """`quantized_attention` in torch: the blocks of the batch are widened, then attended to."""
+    longest = int(seq_lens.max()) if len(seq_lens) else 0
+    width = -(-longest // k_cache.codes.shape[1])
+    used = torch.arange(width, device=q.device) * k_cache.codes.shape[1] < seq_lens[:, None]
+    blocks = (block_tables[:, :width].long() * used).flatten()
+    k, v = (
+        dequantize_kv(QuantKV(cache.codes[blocks], cache.scales[blocks])).to(q.dtype)
+        for cache in (k_cache, v_cache)
+    )
+    tables = torch.arange(len(blocks), device=q.device).view(len(seq_lens), -1)
+    return paged_attention_ref(
+        q, k, v, block_tables=tables, cu_seqlens_q=cu_seqlens_q, seq_lens=seq_lens, scale=scale,
+        max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k,
+    )  # fmt: skip
+
+
+@jit
+def _prefill_codes_kernel(
+    q: tl.tensor, k_codes: tl.tensor, v_codes: tl.tensor, k_scales: tl.tensor,
+    v_scales: tl.tensor, out: tl.tensor, block_tables: tl.tensor, cu_seqlens_q: tl.tensor,
+    seq_lens: tl.tensor, scale_log2: tl.tensor, q_stride_t: tl.tensor, q_stride_h: tl.tensor,
+    stride_block: tl.tensor, stride_row: tl.tensor, stride_head: tl.tensor,
+    scale_stride_block: tl.tensor, scale_stride_row: tl.tensor, scale_stride_head: tl.tensor,
+    table_stride: tl.tensor, BLOCK_SIZE: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr,
+    HALF: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
+    USE_PTX: tl.constexpr,
+) -> None:  # fmt: skip
+    """BLOCK_M // GROUP queries of one sequence and KV head; row r is query r // GROUP."""
+    TILE: tl.constexpr = BLOCK_M // GROUP
+    # the last queries see most: start them first
+    i_q = (tl.num_programs(0) - 1 - tl.program_id(0)) * TILE
+    i_h, i_s = tl.program_id(1), tl.program_id(2)
+    q_start = tl.load(cu_seqlens_q + i_s)
+    q_len = tl.load(cu_seqlens_q + i_s + 1) - q_start
+    if i_q < q_len:
+        seq_len = tl.load(seq_lens + i_s)
+        o_r, o_c = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_C)
+        o_q = i_q + o_r // GROUP
+        m_q = ((o_q < q_len) & (o_r < TILE * GROUP))[:, None] & (o_c < HALF)[None, :]
+        o_t = (q_start + o_q).to(tl.int64)[:, None]
+        o_h = (i_h * GROUP + o_r % GROUP)[:, None]
+        end = tl.minimum(seq_len - q_len + i_q + TILE, seq_len)
+        _, b_l, b_o1, b_o2 = attend_codes(
+            q + o_t * q_stride_t + o_h * q_stride_h + o_c[None, :], m_q, seq_len - q_len + o_q,
+            block_tables + i_s.to(tl.int64) * table_stride, k_codes + i_h * stride_head,
+            v_codes + i_h * stride_head, k_scales + i_h * scale_stride_head,
+            v_scales + i_h * scale_stride_head, stride_block, stride_row, scale_stride_block,
+            scale_stride_row, scale_log2, 0, end, BLOCK_SIZE, BITS, HALF, BLOCK_M, BLOCK_N,
+            BLOCK_C, USE_PTX,
+        )  # fmt: skip
+        b_l = tl.where(b_l == 0.0, 1.0, b_l)[:, None]
+        heads = tl.num_programs(1) * GROUP
+        p_out = out + (o_t * heads + o_h) * (2 * HALF) + o_c[None, :]
+        tl.store(p_out, (b_o1 / b_l).to(out.dtype.element_ty), mask=m_q)
+        tl.store(p_out + HALF, (b_o2 / b_l).to(out.dtype.element_ty), mask=m_q)
+
+
+@jit
+def _decode_codes_kernel(
+    q: tl.tensor, k_codes: tl.tensor, v_codes: tl.tensor, k_scales: tl.tensor,
+    v_scales: tl.tensor, out: tl.tensor, partial: tl.tensor, stats: tl.tensor,
+    block_tables: tl.tensor, cu_seqlens_q: tl.tensor, seq_lens: tl.tensor, scale_log2: tl.tensor,
+    q_stride_t: tl.tensor, q_stride_h: tl.tensor, stride_block: tl.tensor, stride_row: tl.tensor,
+    stride_head: tl.tensor, scale_stride_block: tl.tensor, scale_stride_row: tl.tensor,
+    scale_stride_head: tl.tensor, table_stride: tl.tensor, BLOCK_SIZE: tl.constexpr,
+    BITS: tl.constexpr, GROUP: tl.constexpr, HALF: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, USE_PTX: tl.constexpr, SPLITS: tl.constexpr,
+) -> None:  # fmt: skip
+    """One split of one sequence and KV head; row r is query head r of the group.
+
+    A single split writes `out`; several write unnormalised `partial [T, H, SPLITS, D]` and
+    `stats [T, H, SPLITS, 2]` = (m, l).
+    """
+    i_s, i_h, i_split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    i_t = tl.load(cu_seqlens_q + i_s).to(tl.int64)
+    if tl.load(cu_seqlens_q + i_s + 1) > i_t:
+        seq_len = tl.load(seq_lens + i_s)
+        chunk = tl.cdiv(tl.cdiv(seq_len, SPLITS), BLOCK_N) * BLOCK_N
+        start = i_split * chunk
+        end = tl.minimum(start + chunk, seq_len)
+        o_r, o_c = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_C)
+        m_q = (o_r < GROUP)[:, None] & (o_c < HALF)[None, :]
+        o_h = i_h * GROUP + o_r
+        b_m, b_l, b_o1, b_o2 = attend_codes(
+            q + i_t * q_stride_t + o_h[:, None] * q_stride_h + o_c[None, :], m_q,
+            tl.zeros((BLOCK_M,), tl.int32) + (seq_len - 1),
+            block_tables + i_s.to(tl.int64) * table_stride, k_codes + i_h * stride_head,
+            v_codes + i_h * stride_head, k_scales + i_h * scale_stride_head,
+            v_scales + i_h * scale_stride_head, stride_block, stride_row, scale_stride_block,
+            scale_stride_row, scale_log2, start, end, BLOCK_SIZE, BITS, HALF, BLOCK_M, BLOCK_N,
+            BLOCK_C, USE_PTX,
+        )  # fmt: skip
+        o_row = (i_t * (tl.num_programs(1) * GROUP) + o_h) * SPLITS + i_split
+        o_out = o_row[:, None] * (2 * HALF) + o_c[None, :]
+        if SPLITS == 1:
+            b_l = tl.where(b_l == 0.0, 1.0, b_l)[:, None]
+            tl.store(out + o_out, (b_o1 / b_l).to(out.dtype.element_ty), mask=m_q)
+            tl.store(out + o_out + HALF, (b_o2 / b_l).to(out.dtype.element_ty), mask=m_q)
+        else:
+            tl.store(partial + o_out, b_o1, mask=m_q)
+            tl.store(partial + o_out + HALF, b_o2, mask=m_q)
+            tl.store(stats + o_row * 2, b_m, mask=o_r < GROUP)
+            tl.store(stats + o_row * 2 + 1, b_l, mask=o_r < GROUP)
+
+
+def quantized_attention_triton(
+    q: torch.Tensor, k_cache: QuantKV, v_cache: QuantKV, *,
+    block_tables: torch.Tensor, cu_seqlens_q: torch.Tensor, seq_lens: torch.Tensor,
+    scale: float, max_seqlen_q: int, max_seqlen_k: int, config: CodedConfig | None = None,
+) -> torch.Tensor:  # fmt: skip
+    """`quantized_attention` on the device of `q`; `config` replaces the built-in choice."""
+    tokens, heads, dim = q.shape
+    block_size, kv_heads = k_cache.codes.shape[1], k_cache.codes.shape[2]
+    assert heads % kv_heads == 0 and dim == k_cache.head_dim and q.stride(-1) == 1
+    for a, b in zip(k_cache, v_cache, strict=True):
+        assert a.stride() == b.stride() and a.shape == b.shape and a.dtype == b.dtype
+    assert k_cache.codes.stride(-1) == block_tables.stride(-1) == 1
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    if not tokens:
+        return out
+    group, num_seqs, decode = heads // kv_heads, len(seq_lens), max_seqlen_q == 1
+    config = config or coded_config(head_dim=dim, rows=group, decode=decode)
+    caches = (
+        k_cache.codes,
+        v_cache.codes,
+        *(c.scales.view(torch.int32) for c in (k_cache, v_cache)),
+    )
+    lengths = (
+        block_tables, cu_seqlens_q, seq_lens, scale * _LOG2_E, q.stride(0), q.stride(1),
+        *k_cache.codes.stride()[:3], *k_cache.scales.stride(), block_tables.stride(0),
+    )  # fmt: skip
+    options: dict[str, Any] = {
+        "BLOCK_SIZE": block_size, "BITS": 4 if k_cache.format is KVFormat.INT4 else 8,
+        "GROUP": group, "HALF": dim // 2, "BLOCK_M": config.block_m, "BLOCK_N": config.block_n,
+        "BLOCK_C": max(16, next_power_of_2(dim // 2)), "USE_PTX": config.use_ptx,
+        "num_warps": config.num_warps, "num_stages": config.num_stages,
+    }  # fmt: skip
+    if not decode:
+        tiles = -(-max_seqlen_q // (config.block_m // group))
+        _prefill_codes_kernel[(tiles, kv_heads, num_seqs)](q, *caches, out, *lengths, **options)
+        return out
+    splits = coded_splits(q.device, num_seqs * kv_heads, max_seqlen_k, config.occupancy)
+    rows = tokens * heads * splits if splits > 1 else 0
+    partial = torch.empty(rows, dim, dtype=torch.float32, device=q.device)
+    stats = torch.empty(rows, 2, dtype=torch.float32, device=q.device)
+    _decode_codes_kernel[(num_seqs, kv_heads, splits)](
+        q, *caches, out, partial, stats, *lengths, SPLITS=splits, **options
+    )
+    if splits > 1:
+        _combine_kernel[(tokens * heads,)](
+            partial, stats, out, D=dim, BLOCK_D=max(16, next_power_of_2(dim)), SPLITS=splits,
+            BLOCK_S=next_power_of_2(splits), num_warps=4,
+        )  # fmt: skip
+    return out
+
+
+def coded_splits(device: torch.device, programs: int, max_seqlen_k: int, occupancy: int) -> int:
+    """Splits per sequence: `occupancy` programs per multiprocessor, at least 512 positions each."""
+    wanted = occupancy * device_facts(device).num_sms // max(programs, 1)
+    return previous_power_of_2(min(wanted, max_seqlen_k // _MIN_SPLIT))

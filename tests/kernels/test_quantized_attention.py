@@ -1,0 +1,307 @@
+"""Attention over coded KV against the dense fp64 loop over what the codes mean."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from itertools import accumulate
+
+import pytest
+import torch
+
+from epd_kernels import KVFormat, QuantKV, dequantize_kv, quantize_kv, quantized_attention
+from epd_kernels.launch import INTERPRETED
+from epd_kernels.quantized_attention import CodedConfig, coded_splits, quantized_attention_ref
+
+Lengths = tuple[tuple[int, int], ...]
+
+
+def poisoned_cache(target: KVFormat, *shape: int) -> QuantKV:
+    """`[num_blocks, block_size, Hkv, D]` of NaN scales and codes that no store leaves."""
+    codes = torch.full((*shape[:-1], target.width(shape[-1])), 0x7F, dtype=torch.uint8)
+    return QuantKV(codes.view(target.dtype), torch.full(shape[:-1], math.nan))
+
+
+FORMATS = pytest.mark.parametrize("target", list(KVFormat), ids=lambda f: f.value)
+RATIO = {torch.float32: 1e-3, torch.float16: 1.5e-3, torch.bfloat16: 8e-3}
+
+
+class CodedBatch:
+    """A coded paged batch whose unused slots and unused table entries would be noticed if read."""
+
+    def __init__(
+        self, target: KVFormat, dtype: torch.dtype, device: str, seqs: Lengths, *,
+        heads: int = 4, kv_heads: int = 2, dim: int = 32, block: int = 16, seed: int = 0,
+        sizes: tuple[float, float, float] = (1.0, 1.0, 1.0),
+    ) -> None:  # fmt: skip
+        rng = torch.Generator().manual_seed(seed)
+        blocks_of = [-(-n // block) for _, n in seqs]
+        num_blocks = sum(blocks_of) + 3
+        caches = [poisoned_cache(target, num_blocks, block, kv_heads, dim) for _ in "kv"]
+        # the last block is never mapped: table entries past a sequence lead there
+        order = torch.randperm(num_blocks - 1, generator=rng).tolist()
+        tables = torch.full((len(seqs), max(blocks_of) + 2), num_blocks - 1)
+        self.k: list[torch.Tensor] = []
+        self.v: list[torch.Tensor] = []
+        for s, (_, n) in enumerate(seqs):
+            mine = [order.pop() for _ in range(blocks_of[s])]
+            tables[s, : len(mine)] = torch.tensor(mine, dtype=torch.int64)
+            for cache, kept, size in zip(caches, (self.k, self.v), sizes[1:], strict=True):
+                # channels of unlike size and offset, as keys have them
+                rows = torch.randn(n, kv_heads, dim, generator=rng) * size
+                rows = rows * torch.linspace(0.5, 1.5, dim) + torch.linspace(-1, 1, dim) * size
+                coded = quantize_kv(rows, target)
+                kept.append(dequantize_kv(coded))
+                for place in range(n):
+                    at = mine[place // block], place % block
+                    for part, source in zip(cache, coded, strict=True):
+                        _bytes(part)[at] = _bytes(source)[place]
+        self.bounds = [0, *accumulate(q for q, _ in seqs)]
+        q = torch.randn(self.bounds[-1], heads, dim, generator=rng) * sizes[0]
+        self.q = q.to(dtype)
+        self.args = (
+            self.q.to(device), *(QuantKV(*(part.to(device) for part in c)) for c in caches)
+        )  # fmt: skip
+        self.scale = dim**-0.5
+        self.options = {
+            "block_tables": tables.int().to(device),
+            "cu_seqlens_q": torch.tensor(self.bounds, dtype=torch.int32, device=device),
+            "seq_lens": torch.tensor([n for _, n in seqs], dtype=torch.int32, device=device),
+            "scale": self.scale,
+            "max_seqlen_q": max(q for q, _ in seqs),
+            "max_seqlen_k": max(n for _, n in seqs),
+        }
+
+
+def _bytes(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor if tensor.dtype == torch.float32 else tensor.view(torch.uint8)
+
+
+def dense(batch: CodedBatch) -> torch.Tensor:
+    """The definition: softmax over the visible prefix of each query, in fp64."""
+    out = torch.zeros(batch.q.shape, dtype=torch.float64)
+    heads = batch.q.shape[1]
+    for s, (k, v) in enumerate(zip(batch.k, batch.v, strict=True)):
+        first, last = batch.bounds[s], batch.bounds[s + 1]
+        k, v = (t.double().repeat_interleave(heads // t.shape[1], dim=1) for t in (k, v))
+        for row in range(first, last):
+            visible = max(len(k) - (last - first) + (row - first) + 1, 0)
+            if visible:
+                scores = torch.einsum("hd,nhd->hn", batch.q[row].double(), k[:visible])
+                weights = (scores * batch.scale).softmax(-1)
+                out[row] = torch.einsum("hn,nhd->hd", weights, v[:visible])
+    return out
+
+
+DECODE = [
+    {"seqs": ((1, 1),)},
+    {"seqs": ((1, 1), (1, 17), (1, 63), (1, 16), (1, 32), (1, 15))},
+    {"seqs": ((1, 40), (1, 0), (1, 5))},
+    {"seqs": ((1, 1), (0, 9), (1, 33)), "heads": 2, "kv_heads": 2},
+    {"seqs": ((1, 33), (1, 64)), "heads": 8, "kv_heads": 2, "block": 8},
+    {"seqs": ((1, 31), (1, 65)), "heads": 8, "kv_heads": 1, "dim": 16, "block": 32},
+    {"seqs": ((1, 20), (1, 3)), "heads": 6, "kv_heads": 2, "dim": 24},
+]
+PREFILL = [
+    {"seqs": ((1, 1), (17, 17), (63, 63))},
+    {"seqs": ((16, 32), (1, 16), (15, 31), (2, 17))},
+    {"seqs": ((5, 40), (33, 33), (1, 48)), "heads": 8, "kv_heads": 2, "block": 8},
+    {"seqs": ((3, 1), (2, 5), (2, 0))},
+    {"seqs": ((18, 50),), "heads": 6, "kv_heads": 2, "dim": 80},
+]
+
+
+def name(case):
+    return "+".join(f"{q}of{n}" for q, n in case["seqs"])
+
+
+def close(actual, expected):
+    reference = expected.double()
+    error = (actual.double().cpu() - reference).norm()
+    assert error <= RATIO[actual.dtype] * reference.norm() + 1e-30, float(error / reference.norm())
+
+
+@FORMATS
+@pytest.mark.parametrize("case", [*DECODE, *PREFILL], ids=name)
+def test_equals_dense(case, target, backend):
+    """Unused slots and table entries are NaN or lead to NaN."""
+    run = backend.op("quantized_attention", "quantized_attention")
+    for dtype in backend.dtypes:
+        batch = CodedBatch(target, dtype, backend.device, **case)
+        close(run(*batch.args, **batch.options), dense(batch))
+
+
+@FORMATS
+@pytest.mark.parametrize("length", [1024, 1500])
+def test_split_decode_equals_dense(length, target, backend):
+    """Several splits, some of them empty for the short sequences."""
+    seqs = ((1, length), (1, 1), (1, 0))
+    batch = CodedBatch(target, torch.float32, backend.device, seqs, heads=2, kv_heads=1, dim=16)
+    assert coded_splits(torch.device("cpu"), 3, length, 2) == 2
+    run = backend.op("quantized_attention", "quantized_attention")
+    close(run(*batch.args, **batch.options), dense(batch))
+
+
+@FORMATS
+def test_bounds_may_exceed_lengths(target, backend):
+    batch = CodedBatch(target, torch.float32, backend.device, DECODE[1]["seqs"])
+    run = backend.op("quantized_attention", "quantized_attention")
+    for change in ({"max_seqlen_k": 600}, {"max_seqlen_k": 4096}, {"max_seqlen_q": 40}):
+        close(run(*batch.args, **{**batch.options, **change}), dense(batch))
+
+
+@FORMATS
+def test_small_and_large_values_keep_their_accuracy(target, backend):
+    """fp16 inside the kernel neither overflows nor flushes what the codes can hold."""
+    run = backend.op("quantized_attention", "quantized_attention")
+    for q_size, k_size, v_size in ((1e-3, 1e3, 1e-4), (3e3, 1e-3, 2e2), (1.0, 1.0, 1e-5)):
+        batch = CodedBatch(target, torch.float32, backend.device, ((1, 50), (4, 20)),
+                           sizes=(q_size, k_size, v_size))  # fmt: skip
+        close(run(*batch.args, **batch.options), dense(batch))
+
+
+def test_decode_equals_the_last_row_of_prefill(backend):
+    """A token sees the same whether it comes alone or at the end of a chunk."""
+    batch = CodedBatch(KVFormat.INT4, torch.float32, backend.device, ((8, 40),))
+    run = backend.op("quantized_attention", "quantized_attention")
+    whole = run(*batch.args, **batch.options)
+    one = torch.tensor([0, 1], dtype=torch.int32, device=backend.device)
+    options = {**batch.options, "cu_seqlens_q": one, "max_seqlen_q": 1}
+    last = run(batch.args[0][-1:], *batch.args[1:], **options)
+    close(last[0], whole[-1].cpu())
+
+
+@FORMATS
+def test_views_and_head_major_memory(target, backend):
+    """q as a slice of a fused qkv row; caches whose memory runs over rows before heads."""
+    batch = CodedBatch(target, torch.float32, backend.device, PREFILL[1]["seqs"])
+    q, *caches = batch.args
+    fused = torch.full((len(q), q.shape[1] + 4, q.shape[2]), math.nan, device=q.device)
+    fused[:, 2:-2] = q
+    swapped = [
+        type(c)(*(t.transpose(1, 2).contiguous().transpose(1, 2) for t in c)) for c in caches
+    ]
+    run = backend.op("quantized_attention", "quantized_attention")
+    close(run(fused[:, 2:-2], *swapped, **batch.options), dense(batch))
+
+
+def test_no_queries(backend):
+    batch = CodedBatch(KVFormat.INT4, torch.float32, backend.device, ((0, 5),))
+    run = backend.op("quantized_attention", "quantized_attention")
+    assert run(*batch.args, **{**batch.options, "max_seqlen_q": 1}).shape == (0, 4, 32)
+
+
+def test_runs_are_bit_equal(backend):
+    batch = CodedBatch(KVFormat.INT4, torch.float32, backend.device, ((1, 1200), (1, 7)))
+    run = backend.op("quantized_attention", "quantized_attention")
+    first = run(*batch.args, **batch.options)
+    for _ in range(100 if backend.name == "gpu" else 1):
+        assert torch.equal(run(*batch.args, **batch.options), first)
+
+
+def test_cpu_tensors_take_the_reference():
+    batch = CodedBatch(KVFormat.INT4, torch.float32, "cpu", PREFILL[1]["seqs"])
+    expected = quantized_attention_ref(*batch.args, **batch.options)
+    assert torch.equal(quantized_attention(*batch.args, **batch.options), expected)
+
+
+@pytest.mark.gpu
+@FORMATS
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "case",
+    [
+        {"seqs": tuple((1, n) for n in (1, 127, 128, 1000, 4097)), "heads": 32, "kv_heads": 8},
+        {"seqs": ((1, 8191),), "heads": 28, "kv_heads": 4},
+        {"seqs": ((1, 700), (1, 2048)), "heads": 16, "kv_heads": 16, "dim": 96},
+        {"seqs": ((255, 255), (129, 640), (1, 300)), "heads": 32, "kv_heads": 8},
+        {"seqs": ((200, 200),), "heads": 8, "kv_heads": 1, "dim": 64, "block": 8},
+    ],
+    ids=name,
+)
+def test_large_equals_reference(case, dtype, target, gpu):
+    batch = CodedBatch(target, dtype, gpu.device, **{"dim": 128, **case})
+    out = quantized_attention(*batch.args, **batch.options)
+    wide = [batch.args[0].double().cpu(), *(type(c)(*(t.cpu() for t in c)) for c in batch.args[1:])]
+    options = {k: x.cpu() if torch.is_tensor(x) else x for k, x in batch.options.items()}
+    close(out, quantized_attention_ref(*wide, **options))
+
+
+@pytest.mark.gpu
+def test_inline_assembly_equals_the_portable_twin(gpu):
+    """Bit for bit, in decode and prefill: both feed the same operands to the same products."""
+    if INTERPRETED:
+        pytest.skip("the interpreter has no assembly")
+    run = gpu.op("quantized_attention", "quantized_attention")
+    for seqs in (((1, 4000), (1, 77)), ((70, 300),)):
+        batch = CodedBatch(KVFormat.INT4, torch.bfloat16, gpu.device, seqs,
+                           heads=32, kv_heads=8, dim=128)  # fmt: skip
+        a, b = (
+            run(*batch.args, **batch.options, config=CodedConfig(64, 64, 4, 2, 2, use_ptx))
+            for use_ptx in (True, False)
+        )
+        assert torch.equal(a, b)
+
+
+@pytest.mark.gpu
+def test_every_nibble_reaches_the_matrix_unit(gpu):
+    """One-hot queries read each code back: subnormal operands are not flushed."""
+    pairs = torch.tensor(list(itertools.product(range(16), range(16))), dtype=torch.uint8)
+    codes = (pairs[:, 0] | pairs[:, 1] << 4).view(16, 16, 1, 1).expand(16, 16, 1, 16)
+    scales = torch.ones(16, 16, 1)
+    batch = CodedBatch(KVFormat.INT4, torch.float32, gpu.device, ((1, 256),),
+                       heads=1, kv_heads=1, dim=32)  # fmt: skip
+    k, v = batch.args[1:]
+    tables = torch.arange(16, dtype=torch.int32, device="cuda").view(1, 16)
+    k.codes[:16], k.scales[:16] = codes.to("cuda"), scales.to("cuda")
+    v.codes[:16], v.scales[:16] = codes.to("cuda"), scales.to("cuda")
+    q = torch.zeros(1, 1, 32, device="cuda")
+    for channel, nibble in ((0, 0), (16, 1)):
+        q.zero_()
+        q[0, 0, channel] = 1.0
+        out = quantized_attention(
+            q, k, v, **{**batch.options, "block_tables": tables, "scale": 1.0}
+        )
+        weights = pairs[:, nibble].double().softmax(0)
+        expected = torch.cat([
+            (weights * pairs[:, half].double()).sum().expand(16) for half in (0, 1)
+        ])  # fmt: skip
+        close(out[0, 0], expected)
+
+
+@pytest.mark.gpu
+def test_graph_replay_follows_new_lengths(gpu):
+    first = CodedBatch(KVFormat.INT4, torch.float16, gpu.device, ((1, 100), (1, 7)))
+    options = {**first.options, "max_seqlen_k": 1024}
+    quantized_attention(*first.args, **options)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = quantized_attention(*first.args, **options)
+    second = CodedBatch(KVFormat.INT4, torch.float16, gpu.device, ((1, 12), (1, 109)), seed=1)
+    for field in ("block_tables", "seq_lens"):
+        options[field][..., : second.options[field].shape[-1]].copy_(second.options[field])
+    first.args[0].copy_(second.args[0])
+    for old, new in zip(first.args[1:], second.args[1:], strict=True):
+        for a, b in zip(old, new, strict=True):
+            a[: len(b)].copy_(b[: len(a)])
+    graph.replay()
+    close(out, dense(second))
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+def test_beyond_two_to_the_31(gpu):
+    """Blocks whose codes lie past 2^31 bytes are read where they are."""
+    blocks = 2**31 // (16 * 8 * 64) + 64
+    batch = CodedBatch(KVFormat.INT4, torch.bfloat16, gpu.device, ((1, 300),),
+                       heads=32, kv_heads=8, dim=128)  # fmt: skip
+    far = []
+    for cache in batch.args[1:]:
+        codes = torch.zeros(blocks, 16, 8, 64, dtype=torch.uint8, device="cuda")
+        scales = torch.full((blocks, 16, 8), math.nan, device="cuda")
+        codes[-len(cache.codes) :], scales[-len(cache.codes) :] = cache.codes, cache.scales
+        far.append(type(cache)(codes, scales))
+    shift = blocks - len(batch.args[1].codes)
+    options = {**batch.options, "block_tables": batch.options["block_tables"] + shift}
+    close(quantized_attention(batch.args[0], *far, **options), dense(batch))
