@@ -9,6 +9,7 @@ from the Dockerfile.
 import asyncio
 import base64
 import io
+import json
 import os
 import re
 import shutil
@@ -239,6 +240,7 @@ def test_the_stack_starts_answers_and_stops(project: Project) -> None:
         assert no_password(project).startswith(b"-NOAUTH")
         wait_for_a_hit(project.url)
     no_secret_is_visible(project)
+    operators_reach_it_from_inside_only(project)
     everybody = {container.name: container.processes() for container in project.all()}
     text, reason, codes = asyncio.run(stop_in_the_middle(project, model))
     assert (reason, len(text) > 0) == ("length", True)
@@ -290,6 +292,21 @@ def no_secret_is_visible(project: Project) -> None:
         shown += [Path(f"/proc/{process}/{name}").read_bytes() for name in ("cmdline", "environ")]
     assert len(shown) > 15
     assert not any(secret in text for secret in secrets for text in shown)
+
+
+def operators_reach_it_from_inside_only(project: Project) -> None:
+    """`docker compose exec gateway epd admin …`; the published port knows no admin."""
+    gateway = project.containers["gateway"][0]
+    told = gateway.run(["epd", "admin", "status", "--json"], stdout=subprocess.PIPE)
+    workers = json.loads(told.communicate(timeout=30)[0])["workers"]
+    assert {w["name"] for w in workers} == {"encoder-1", "encoder-2", "prefill-1", "decode-1"}
+    refused = gateway.run(["epd", "admin", "drain", "decode-1"], stderr=subprocess.PIPE)
+    assert b"last worker of D" in refused.communicate(timeout=30)[1]
+    assert refused.returncode == 2
+    assert httpx.get(f"{project.url}/admin/v1/status").status_code == 404
+    found = json.loads((gateway.root / "tmp" / "epd" / "admin.json").read_text())
+    assert found["url"].startswith("http://127.0.0.1:")
+    assert os.stat(found["token_file"]).st_mode & 0o777 == 0o600
 
 
 async def stop_in_the_middle(

@@ -61,6 +61,7 @@ class _Server(uvicorn.Server):
 def _run_dir(settings: Settings) -> Iterator[Path]:
     """The run directory; a private one for the time being if none is configured."""
     if settings.run_dir is not None:
+        settings.run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
         yield settings.run_dir
         return
     directory = Path(tempfile.mkdtemp(prefix="epd-"))

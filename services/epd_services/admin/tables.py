@@ -48,8 +48,8 @@ def _worker_row(worker: dict[str, Any]) -> tuple[object, ...]:
         f"{used}/{worker['blocks_total']}" if worker["blocks_total"] else "",
         worker["kv_leases"],
         share(worker["cache_hits"], worker["cache_queries"]),
-        round(worker["resident_bytes"] / (1 << 20), 1),
-        round(worker["heartbeat_age_s"], 2),
+        f"{worker['resident_bytes'] / (1 << 20):.1f}",
+        f"{worker['heartbeat_age_s']:.2f}",
     )
 
 
