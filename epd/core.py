@@ -171,6 +171,24 @@ class EngineCore:
             dtype=self.facts.dtype, layer_group=list(self.facts.layer_group),
         )  # fmt: skip
 
+    def hold(self, request_id: str) -> tuple[KVHandoff, float | None]:
+        """A decoding request, stopped between two steps: what a peer needs, and its deadline.
+
+        It is held as a prefilled one is. `KeyError` unless its KV is whole and it decodes here.
+        """
+        sequence = self._scheduler.sequences[request_id]
+        decodes = sequence.state is SequenceState.RUNNING and sequence.prefilled
+        if not decodes or sequence.num_remaining != 1:
+            raise KeyError(request_id)
+        self._scheduler.hold(sequence)
+        self._runner.drop_vision(request_id)
+        return self.offer(request_id), sequence.deadline
+
+    def find(self, wanted: Callable[[Sequence], bool]) -> list[tuple[str, int]]:
+        """Request id and attempt of the sequences that are `wanted`."""
+        sequences = self._scheduler.sequences.values()
+        return [(s.request_id, s.attempt) for s in sequences if wanted(s)]
+
     def export_kv(self, request_id: str) -> list[torch.Tensor]:
         """The KV of a held request, per layer [2, KV length, num_kv_heads, head_dim].
 

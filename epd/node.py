@@ -1,8 +1,8 @@
 """A process on the wire: one inbox, a directory of peers, handlers by message type.
 
 Every message carries the sender's stages, epoch and incarnation. A node drops, and counts by
-reason, what is malformed, not for it, from a stranger, from an earlier life of a known sender, or
-replayed (sequence not rising).
+reason, what is malformed, not for it, from a stranger, from an earlier life or an earlier epoch of
+a known sender, or replayed (sequence not rising).
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Node:
         self._codec = codec
         self._seq = itertools.count(1)
         self._peers: dict[str, PeerInfo] = {}
-        self._last: dict[str, tuple[int, int]] = {}
+        self._last: dict[str, tuple[int, int, int]] = {}
         self._handlers: dict[type[Message], Handler] = {}
 
     @property
@@ -128,14 +128,16 @@ class Node:
         stranger = envelope.sender not in self._peers and envelope.sender != GATEWAY
         if stranger and not isinstance(message, Heartbeat | Leaving):
             raise WireError("unknown sender")
-        incarnation, seq = self._last.get(envelope.sender, (0, 0))
+        incarnation, epoch, seq = self._last.get(envelope.sender, (0, 0, 0))
         if envelope.incarnation < incarnation:
             raise WireError("earlier life of the sender")
+        if envelope.incarnation == incarnation and envelope.epoch < epoch:
+            raise WireError("stale epoch")
         if envelope.incarnation == incarnation and envelope.seq <= seq:
             raise WireError("replayed")
         if isinstance(message, Peers) and envelope.sender != GATEWAY:
             raise WireError("only the gateway names peers")
-        self._last[envelope.sender] = (envelope.incarnation, envelope.seq)
+        self._last[envelope.sender] = (envelope.incarnation, envelope.epoch, envelope.seq)
 
     def close(self) -> None:
         """Close the inbox and every connection."""

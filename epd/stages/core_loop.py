@@ -18,7 +18,8 @@ import structlog
 from epd.core import CoreStats, EngineCore, StepResult
 from epd.errors import EPDError
 from epd.kv.handoff import KVHandoff
-from epd.messages import Evicted, PrefillDone, RequestFailed, StepToken, Tokens
+from epd.messages import Evicted, PrefillDone, RequestFailed, Returned, StepToken, Tokens
+from epd.sequence import Sequence
 from epd.stages.base import Host
 
 __all__ = ["CoreLoop", "Operation"]
@@ -97,6 +98,47 @@ class CoreLoop:
                 param=getattr(error, "param", None),
             )
         )
+
+    def hand_back(self, request_id: str, attempt: int, *, always: bool = False) -> None:
+        """Forget a request, if it is still this attempt, and give it back to the gateway.
+
+        With `always` the gateway is told in any case; it knows best whether the request has ended.
+        """
+        current = self.attempts.get(request_id) == attempt
+        if current:
+            self.cancel(request_id, attempt)
+        if current or always:
+            self._host.emit(Returned(request_id=request_id, attempt=attempt))
+
+    def hand_back_all(self, wanted: Callable[[Sequence], bool]) -> None:
+        """Give back the requests whose sequence, before the next step, is `wanted`."""
+
+        def select() -> Callable[[], None]:
+            found = self._core.find(wanted)
+            for request_id, _ in found:
+                self._core.cancel(request_id)
+            return lambda: self._give_back(found)
+
+        self.submit(select)
+
+    def _give_back(self, found: list[tuple[str, int]]) -> None:
+        for request_id, attempt in found:
+            self.hand_back(request_id, attempt)
+
+    async def count(self, wanted: Callable[[Sequence], bool]) -> int:
+        """How many sequences of the core are `wanted`, after all that was submitted so far."""
+        found: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+
+        def select() -> Callable[[], None]:
+            number = len(self._core.find(wanted))
+            return lambda: None if found.cancelled() else found.set_result(number)
+
+        self.submit(select)
+        return await found
+
+    async def stop(self) -> None:
+        """Wait for the step under way and end the compute thread; `run` must be cancelled."""
+        await asyncio.to_thread(self._thread.shutdown)
 
     def reset(self) -> None:
         """Forget every request."""

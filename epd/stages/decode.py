@@ -150,6 +150,16 @@ class DecodeStage:
         self._pulling.pop(rid, None)
         self._host.post(offer.producer, KVRelease(request_id=rid, attempt=attempt))
 
+    def hand_back(self, *, pulling: bool) -> None:
+        """Give offers back to the gateway; with `pulling` also those whose KV is on its way."""
+        for offer in [*self._queue, *(self._pulling.values() if pulling else ())]:
+            self._drop(offer)
+            self._loop.hand_back(offer.message.request_id, offer.message.attempt)
+
+    def stop(self) -> None:
+        """Ask the core for room no more."""
+        self._loop.before_turn.remove(self._reserving)
+
     def reset(self) -> None:
         """Forget every offer."""
         for offer in [*self._queue, *self._pulling.values()]:

@@ -19,7 +19,14 @@ import torch
 from epd.cache.base import CachedTokens
 from epd.cache.flight import SingleFlight
 from epd.errors import EPDError
-from epd.messages import Encoded, EncodeFailed, EncodeRequest, VisionTokens, VisionTokensReceived
+from epd.messages import (
+    Encoded,
+    EncodeFailed,
+    EncodeRequest,
+    Returned,
+    VisionTokens,
+    VisionTokensReceived,
+)
 from epd.pruning_spec import PruningSpec
 from epd.stages.base import Host, Payload, as_tensor
 from epd.tensors import from_cached, to_cached
@@ -30,6 +37,10 @@ __all__ = ["EncodeStage", "ImageEncoder"]
 _log = structlog.get_logger("epd.encode")
 Image = np.ndarray[Any, np.dtype[np.uint8]]
 Tensors = list[torch.Tensor]
+
+
+class _ClosedError(EPDError):
+    """The stage takes no more images: this one goes back to the gateway."""
 
 
 @dataclass(slots=True)
@@ -72,6 +83,7 @@ class EncodeStage:
         self._tasks: dict[tuple[str, int, int], asyncio.Task[None]] = {}
         self._transfers: dict[tuple[str, int, int], _Transfer] = {}
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="encode")
+        self._closed = False
 
     @property
     def queued(self) -> int:
@@ -116,6 +128,31 @@ class EncodeStage:
         for key in [k for k in self._transfers if k[0] == request_id and k[1] <= attempt]:
             del self._transfers[key]
 
+    def close(self) -> None:
+        """Give back the images whose encoding has not begun, and whatever else will ask for it."""
+        self._closed = True
+        while not self._jobs.empty():
+            job = self._jobs.get_nowait()
+            if not job.done.done():
+                job.done.set_exception(_ClosedError("the stage ends"))
+
+    def open(self) -> None:
+        """Encode again after `close`."""
+        self._closed = False
+
+    def hand_back(self) -> None:
+        """Give back every image that is not handed over."""
+        for (request_id, attempt, item), task in list(self._tasks.items()):
+            if not task.done():
+                task.cancel()
+                self._host.emit(Returned(request_id=request_id, attempt=attempt, items=[item]))
+
+    async def stop(self) -> None:
+        """Forget everything and end the compute thread; `run` must be cancelled."""
+        self.reset()
+        await self._flight.close()
+        await asyncio.to_thread(self._thread.shutdown)
+
     def reset(self) -> None:
         """Forget every request."""
         for task in list(self._tasks.values()):
@@ -135,6 +172,10 @@ class EncodeStage:
                 value = await self._flight.run(request.mm.cache_key, produce)
         except TimeoutError:
             return
+        except _ClosedError:
+            rid, attempt, item = request.request_id, request.attempt, request.item
+            self._host.emit(Returned(request_id=rid, attempt=attempt, items=[item]))
+            return
         except EPDError as error:
             self._fail(request, error.code, str(error), getattr(error, "param", None))
             return
@@ -150,6 +191,8 @@ class EncodeStage:
         self._hand_over(request, tokens, not fresh, queue_seconds, encode_seconds)
 
     async def _encode(self, request: EncodeRequest, image: Image) -> tuple[Tensors, float, float]:
+        if self._closed:
+            raise _ClosedError("the stage ends")
         done = asyncio.get_running_loop().create_future()
         job = _Job(image, request.mm.mm_hash, request.pruning, done, self._clock())
         self._jobs.put_nowait(job)

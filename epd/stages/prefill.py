@@ -1,8 +1,5 @@
-"""The prefill stage: wait for the vision tokens of a prompt, prefill it, hold its KV for the
+"""The prefill stage: wait for the vision tokens of a prompt, prefill it, offer its KV to the
 decode worker.
-
-KV is held under a lease: the decode worker pulls it, renews while it waits for room, and releases;
-a lease that runs out, or whose consumer died, gives the blocks back.
 """
 
 from __future__ import annotations
@@ -17,27 +14,16 @@ from epd.cache.base import TokenCache
 from epd.core import NewSequence
 from epd.errors import DeadlineError, EPDError, UnavailableError
 from epd.kv.handoff import KVHandoff
-from epd.messages import (
-    KVBlocks,
-    KVGone,
-    KVOffer,
-    KVPull,
-    KVRelease,
-    KVRenew,
-    MissingItems,
-    PrefillRequest,
-    VisionTokens,
-    VisionTokensReceived,
-)
+from epd.messages import MissingItems, PrefillRequest, VisionTokens, VisionTokensReceived
 from epd.stages.base import Host, Payload, as_tensor
 from epd.stages.core_loop import CoreLoop
+from epd.stages.kv_source import LEASE_SECONDS, KVSource
 from epd.step import KeptTokens
 from epd.tensors import from_cached
 from epd.vision_pool import TokenSelector, pruned
 
-__all__ = ["LEASE_SECONDS", "PrefillStage"]
+__all__ = ["PrefillStage"]
 
-LEASE_SECONDS = 5.0
 _ASK_AGAIN = 3.0
 _EARLY_LIMIT = 1024
 
@@ -56,14 +42,6 @@ class _Waiting:
         return [i for i in range(len(self.request.items)) if i not in self.tokens]
 
 
-@dataclass(slots=True)
-class _Lease:
-    consumer: str
-    attempt: int
-    deadline: float
-    expires: float
-
-
 class PrefillStage:
     """Message handlers of prefill; the core itself runs in `loop`."""
 
@@ -72,6 +50,7 @@ class PrefillStage:
         host: Host,
         loop: CoreLoop,
         cache: TokenCache,
+        source: KVSource,
         *,
         clock: Callable[[], float],
         device: torch.device | str,
@@ -81,14 +60,14 @@ class PrefillStage:
         self._host = host
         self._loop = loop
         self._cache = cache
+        self._source = source
         self._clock = clock
         self._device = device
         self._image_token_id = image_token_id
         self._selector = selector or TokenSelector()
         self._waiting: dict[str, _Waiting] = {}
         self._early: dict[tuple[str, int, int], tuple[float, list[torch.Tensor]]] = {}
-        self._consumers: dict[str, tuple[str, float]] = {}
-        self._leases: dict[str, _Lease] = {}
+        self._consumers: dict[str, tuple[int, str, float]] = {}
         self._fetches: set[asyncio.Task[None]] = set()
         loop.on_offer = self._offer
 
@@ -97,11 +76,6 @@ class PrefillStage:
         """Prompts whose vision tokens are on their way."""
         return len(self._waiting)
 
-    @property
-    def leases(self) -> int:
-        """Requests whose KV is held for a decode worker."""
-        return len(self._leases)
-
     def accept(self, sender: str, request: PrefillRequest, _: Sequence[Payload]) -> None:
         """Take in a prompt; items said to be in the token cache are fetched from there."""
         now = self._clock()
@@ -109,6 +83,7 @@ class PrefillStage:
         if self._loop.attempts.get(rid, -1) >= attempt:
             return
         self.cancel(rid, attempt)
+        self._source.cancel(rid, attempt)
         self._loop.begin(rid, attempt)
         waiting = _Waiting(request, now + request.ttl, now)
         self._waiting[rid] = waiting
@@ -166,7 +141,7 @@ class PrefillStage:
         del self._waiting[rid]
         request = waiting.request
         if request.consumer != self._host.name:
-            self._consumers[rid] = (request.consumer, waiting.deadline)
+            self._consumers[rid] = (request.attempt, request.consumer, waiting.deadline)
         self._loop.submit(lambda: self._add(waiting))
 
     def _add(self, waiting: _Waiting) -> Callable[[], None] | None:
@@ -205,82 +180,35 @@ class PrefillStage:
 
     def _offer(self, handoff: KVHandoff) -> None:
         rid = handoff.request_id
-        consumer, deadline = self._consumers.pop(rid, ("", 0.0))
-        attempt = self._loop.attempts.get(rid)
-        if attempt is None:
+        attempt, consumer, deadline = self._consumers.pop(rid, (-1, "", 0.0))
+        if self._loop.attempts.get(rid) != attempt:
             return
-        now = self._clock()
-        offer = KVOffer(
-            request_id=rid, attempt=attempt, handoff=handoff, ttl=max(0.0, deadline - now)
-        )
-        if self._host.post(consumer, offer):
-            self._leases[rid] = _Lease(consumer, attempt, deadline, now + LEASE_SECONDS)
-        else:
+        if not self._source.offer(handoff, attempt, consumer=consumer, deadline=deadline):
             gone = UnavailableError("the decode worker cannot be reached")
             self._loop.fail(rid, gone, retryable=True)
-
-    def pull(self, sender: str, message: KVPull, _: Sequence[Payload]) -> None:
-        """Send the KV of a leased request to its decode worker."""
-        rid = message.request_id
-        lease = self._leases.get(rid)
-        if lease is None or (lease.consumer, lease.attempt) != (sender, message.attempt):
-            self._host.post(sender, KVGone(request_id=rid, attempt=message.attempt))
-            return
-        lease.expires = self._clock() + LEASE_SECONDS
-        self._loop.submit(lambda: self._export(rid, message.attempt, sender))
-
-    def _export(self, rid: str, attempt: int, consumer: str) -> Callable[[], None] | None:
-        lease = self._leases.get(rid)
-        if lease is None or lease.attempt != attempt:
-            return None
-        tensors = self._loop.core.export_kv(rid)
-        message = KVBlocks(request_id=rid, attempt=attempt)
-        return lambda: self._sent(self._host.post(consumer, message, tensors), rid)
-
-    def _sent(self, sent: bool, rid: str) -> None:
-        if not sent:
-            gone = UnavailableError("the decode worker cannot be reached")
-            self._drop_lease(rid)
-            self._loop.fail(rid, gone, retryable=True)
-
-    def renew(self, sender: str, message: KVRenew, _: Sequence[Payload]) -> None:
-        """Extend the leases a decode worker still wants."""
-        for rid in message.request_ids:
-            lease = self._leases.get(rid)
-            if lease is not None and lease.consumer == sender:
-                lease.expires = self._clock() + LEASE_SECONDS
-
-    def release(self, sender: str, message: KVRelease, _: Sequence[Payload]) -> None:
-        """Free the KV its decode worker has adopted."""
-        lease = self._leases.get(message.request_id)
-        if lease and (lease.consumer, lease.attempt) == (sender, message.attempt):
-            self._drop_lease(message.request_id)
-
-    def _drop_lease(self, rid: str) -> None:
-        lease = self._leases.pop(rid, None)
-        if lease is not None and self._loop.attempts.get(rid) == lease.attempt:
-            del self._loop.attempts[rid]
-            self._loop.submit(lambda: self._loop.core.release(rid))
 
     def cancel(self, rid: str, attempt: int) -> None:
-        """Forget every attempt at a request up to `attempt` that is not in the core yet, or
-        held by lease.
-        """
+        """Forget every attempt at a request up to `attempt` that is not in the core yet."""
         waiting = self._waiting.get(rid)
         if waiting is not None and waiting.request.attempt <= attempt:
             del self._waiting[rid]
         for key in [k for k in self._early if k[0] == rid and k[1] < attempt]:
             del self._early[key]
-        lease = self._leases.get(rid)
-        if lease is not None and lease.attempt <= attempt:
-            self._drop_lease(rid)
+        if self._consumers.get(rid, (attempt + 1,))[0] <= attempt:
+            del self._consumers[rid]
+
+    def hand_back(self, wanted: Callable[[PrefillRequest], bool]) -> None:
+        """Give the prompts that are `wanted` and not in the core back to the gateway."""
+        for rid, waiting in list(self._waiting.items()):
+            if wanted(waiting.request):
+                del self._waiting[rid]
+                self._loop.hand_back(rid, waiting.request.attempt)
 
     def reset(self) -> None:
         """Forget every request that is not in the core."""
         self._waiting.clear()
         self._early.clear()
-        for rid in list(self._leases):
-            self._drop_lease(rid)
+        self._consumers.clear()
 
     def sweep(self, alive: Callable[[str], bool]) -> None:
         """Expire what waited too long; call about twice a second. `alive` tells live workers."""
@@ -294,9 +222,6 @@ class PrefillStage:
         for key, (arrived, _) in list(self._early.items()):
             if now - arrived > LEASE_SECONDS:
                 del self._early[key]
-        for rid, lease in list(self._leases.items()):
-            if now >= lease.expires or now >= lease.deadline or not alive(lease.consumer):
-                self._drop_lease(rid)
 
     def _fail(self, rid: str, error: EPDError) -> None:
         self._loop.fail(rid, error, retryable=False)

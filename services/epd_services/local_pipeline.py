@@ -20,25 +20,25 @@ from epd.cache.memory import MemoryCache
 from epd.chat import ChatFormatter
 from epd.config import EngineConfig
 from epd.conversation import Conversation, as_messages, place_images
-from epd.core import EngineCore
+from epd.failpoints import Failpoints
 from epd.images import ImageInput, rgb_array
 from epd.membership import Membership
 from epd.models.card import ModelCard
 from epd.models.decoder import Decoder
-from epd.models.query import QueryEncoder
 from epd.models.vision import VisionEncoder
 from epd.node import GATEWAY, Identity, Node
 from epd.pruning_policy import PruningPolicy
 from epd.pruning_spec import PruningSpec
 from epd.queries import image_queries
 from epd.request import FinishReason, SamplingParams, TokenOutput
-from epd.roles import Stage, format_stages, parse_topology
+from epd.roles import format_stages, parse_stages, parse_topology
 from epd.transport import InMemoryTransport
-from epd.vision_pool import TokenSelector
 from epd.wire import Codec, Frame
 from epd.worker import ServedModel, Worker
 from epd_services.gateway.dispatch_api import ImagePixels, Submission, TokensEvent
 from epd_services.gateway.dispatcher import DispatchLimits, PipelineDispatcher
+from epd_services.gateway.roles import SwitchLimits
+from epd_services.stage_loader import ModelLoader
 
 __all__ = ["LocalPipeline"]
 
@@ -46,7 +46,8 @@ __all__ = ["LocalPipeline"]
 class LocalPipeline:
     """An async context manager around a dispatcher and the workers of a topology.
 
-    `cache` is shared by all of them, as Redis would be; weights are loaded once.
+    `cache` is shared by all of them, as Redis would be; weights are loaded once. `failpoints` are
+    those of the workers that start after it is set.
     """
 
     def __init__(
@@ -59,9 +60,13 @@ class LocalPipeline:
         limits: DispatchLimits | None = None,
         pruning: PruningPolicy | None = None,
         clock: Callable[[], float] = time.monotonic,
+        switch_limits: SwitchLimits | None = None,
+        commit_seconds: float = 10.0,
     ) -> None:
         self.card = ModelCard.load(model)
         self.workers: dict[str, Worker] = {}
+        self.failpoints = Failpoints()
+        self._commit_seconds = commit_seconds
         self._stages = parse_topology(topology)
         self._config = config or EngineConfig(num_blocks=256, max_batched_tokens=512)
         self._cache = cache or MemoryCache()
@@ -72,7 +77,6 @@ class LocalPipeline:
         self._encoder = VisionEncoder.load(self.card, "cpu", torch.float32)
         self._decoder = Decoder.load(self.card, "cpu", torch.float32)
         self._formatter = ChatFormatter(self.card)
-        self._selector = TokenSelector(QueryEncoder(self.card, self._decoder))
         self.dispatcher = PipelineDispatcher(
             self._node(GATEWAY, ""),
             Membership(self.card.revision, clock),
@@ -80,6 +84,7 @@ class LocalPipeline:
             clock=clock,
             limits=limits,
             pruning=pruning,
+            switch_limits=switch_limits,
         )
 
     def _node(self, name: str, stages: str) -> Node:
@@ -98,23 +103,25 @@ class LocalPipeline:
         """Start (again) the worker called `wN-STAGES`."""
         letters = name.rpartition("-")[2]
         card = self.card
+        loader = ModelLoader(
+            card, device="cpu", dtype=torch.float32, config=self._config,
+            encoder=lambda: self._encoder, decoder=lambda: self._decoder,
+        )  # fmt: skip
+        loader.load(parse_stages(letters))
         worker = Worker(
             self._node(name, letters),
             ServedModel(card.revision, card.encoder_revision, "float32", card.image_token_id),
             gateway=GATEWAY,
             cache=self._cache,
-            encoder=self._encoder if Stage.ENCODE.value in letters else None,
-            core=self._core() if set(letters) & {"P", "D"} else None,
+            loader=loader,
             clock=self._clock,
-            selector=self._selector,
             heartbeat=0.05,
+            commit_seconds=self._commit_seconds,
+            failpoints=self.failpoints,
         )
         self.workers[name] = worker
         self._tasks[name] = asyncio.get_running_loop().create_task(worker.run())
         return worker
-
-    def _core(self) -> EngineCore:
-        return EngineCore(self._decoder, self.card, config=self._config, device="cpu")
 
     async def kill(self, name: str) -> None:
         """End a worker without a word, as `kill -9` would."""

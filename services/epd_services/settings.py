@@ -92,6 +92,10 @@ class Settings(GatewaySettings):
         None, description="prune inside the decoder: adaptinfer[:LAYERS]"
     )
 
+    warm_bytes: int = Field(
+        2048 * MiB, ge=0, description="host memory of each worker for weights its role does not use"
+    )
+
     failpoints: str | None = Field(
         None, description="for tests: where to fail, like switch.load=exit,admin.ready=pause:2"
     )

@@ -8,29 +8,25 @@ import asyncio
 import contextlib
 import os
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import structlog
 import torch
 
 from epd.cache.factory import open_cache
-from epd.core import EngineCore
-from epd.errors import ConfigError, InvalidRequestError
+from epd.errors import ConfigError, EPDError
+from epd.failpoints import Failpoints
 from epd.models.card import ModelCard
-from epd.models.decoder import Decoder
-from epd.models.query import QueryEncoder
-from epd.models.vision import VisionEncoder
 from epd.node import Identity, Node
-from epd.roles import Stage, StageSet, format_stages
+from epd.roles import StageSet, format_stages
 from epd.tensors import dtype_name, torch_dtype
 from epd.transport import ZmqTransport, reachable
-from epd.vision_pool import TokenSelector, check_pruning
 from epd.wire import Codec
 from epd.worker import ServedModel, Worker
 from epd_services.logs import configure_logs
 from epd_services.process import ended_before_stop
 from epd_services.settings import Settings
+from epd_services.stage_loader import ModelLoader
 
 __all__ = ["run_worker"]
 
@@ -47,46 +43,16 @@ def run_worker(settings: Settings, name: str, stages: StageSet) -> int:
     return asyncio.run(_serve(settings, name, stages))
 
 
-@dataclass(frozen=True, slots=True)
-class _Loaded:
-    """What the stages of a worker need, as far as they need it."""
-
-    served: ServedModel
-    device: str
-    encoder: VisionEncoder | None
-    core: EngineCore | None
-    selector: TokenSelector | None
-
-
-def _load(settings: Settings, stages: StageSet) -> _Loaded:
-    from epd.demo import CHECKPOINT
-
-    card = ModelCard.load(settings.model or CHECKPOINT)
+def _loader(settings: Settings, card: ModelCard) -> ModelLoader:
     device = resolve_device(settings.device)
-    dtype = resolve_dtype(settings.dtype, device)
-    encoder = core = queries = None
-    resident = 0
-    if Stage.ENCODE in stages:
-        encoder = VisionEncoder.load(card, device, dtype)
-        resident += encoder.resident_bytes()
-    if stages & {Stage.PREFILL, Stage.DECODE}:
-        decoder = Decoder.load(card, device, dtype)
-        resident += sum(p.nbytes for p in decoder.parameters())
-        core = EngineCore(decoder, card, config=settings.engine(), device=device)
-        if Stage.PREFILL in stages:
-            queries = QueryEncoder(card, decoder)
-            resident += queries.resident_bytes()
-    default = settings.pruning_policy(card).default
-    if default is not None:
-        try:
-            check_pruning(default, encoder, queries)
-        except InvalidRequestError as error:
-            raise ConfigError(f"the default pruning cannot be served: {error}") from None
-    served = ServedModel(
-        card.revision, card.encoder_revision, dtype_name(dtype), card.image_token_id, resident
+    return ModelLoader(
+        card,
+        device=device,
+        dtype=resolve_dtype(settings.dtype, device),
+        config=settings.engine(),
+        warm_bytes=settings.warm_bytes,
+        default_pruning=settings.pruning_policy(card).default,
     )
-    selector = TokenSelector(queries) if queries is not None else None
-    return _Loaded(served, device, encoder, core, selector)
 
 
 def resolve_device(name: str) -> str:
@@ -110,41 +76,58 @@ def resolve_dtype(name: str, device: str) -> torch.dtype:
 async def _serve(settings: Settings, name: str, stages: StageSet) -> int:
     assert settings.bind is not None and settings.gateway_address is not None
     key = settings.wire_key()
-    loaded = _load(settings, stages)
+    from epd.demo import CHECKPOINT
+
+    card = ModelCard.load(settings.model or CHECKPOINT)
+    device = resolve_device(settings.device)
+    loader = _loader(settings, card)
+    loader.load(stages)
     transport = ZmqTransport(settings.bind, keyed=key is not None)
-    identity = Identity(name, time.time_ns(), format_stages(stages))
     cache = open_cache(
         settings.cache_url,
         max_bytes=settings.cache_bytes,
         max_entry_bytes=settings.cache_entry_bytes,
         ttl=settings.cache_ttl,
     )
+    dtype = dtype_name(resolve_dtype(settings.dtype, device))
     worker = Worker(
-        Node(identity, transport, Codec(key)),
-        loaded.served,
+        Node(Identity(name, time.time_ns(), format_stages(stages)), transport, Codec(key)),
+        ServedModel(card.revision, card.encoder_revision, dtype, card.image_token_id),
         gateway=settings.gateway_address,
         cache=cache,
-        encoder=loaded.encoder,
-        core=loaded.core,
-        selector=loaded.selector,
+        loader=loader,
         clock=time.monotonic,
-        device=loaded.device,
+        device=device,
         address=settings.advertise or reachable(transport.address, os.uname().nodename),
+        failpoints=Failpoints.parse(settings.failpoints),
     )
-    _log.info("ready", stages=format_stages(stages), resident_bytes=loaded.served.resident_bytes)
+    _log.info("ready", stages=format_stages(stages), resident_bytes=loader.resident_bytes)
     serving = asyncio.create_task(worker.run())
+    warming = asyncio.create_task(_warm_up(loader, device))
     sign = asyncio.create_task(_show_life(settings.health_file))
     if await ended_before_stop(serving):
         _log.error("a stage broke", error=repr(serving.exception())[:200])
         return 1
     await worker.drain(settings.drain_seconds)
-    for task in (serving, sign):
+    for task in (serving, sign, warming):
         task.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await task
     await cache.close()
     transport.close()
     return 0
+
+
+async def _warm_up(loader: ModelLoader, device: str) -> None:
+    """On a GPU, have the weights of other roles in pinned memory before anybody asks for them."""
+    if not device.startswith("cuda"):
+        return
+    try:
+        held = await asyncio.to_thread(loader.warm_up)
+    except (EPDError, RuntimeError) as error:
+        _log.warning("no weights kept warm", error=str(error)[:200])
+    else:
+        _log.info("weights kept warm", bytes=held)
 
 
 async def _show_life(file: Path | None) -> None:
