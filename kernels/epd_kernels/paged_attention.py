@@ -21,12 +21,15 @@ the positions of a sequence over several programs and merges their (m, l, out) a
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn import functional
 
 from .launch import attention_config, device_facts, jit, next_power_of_2, previous_power_of_2, tl
+
+if TYPE_CHECKING:
+    from .launch import AttentionConfig
 
 __all__ = ["paged_attention", "paged_attention_ref"]
 
@@ -125,39 +128,70 @@ def _decode_ref(
 
 
 @jit
-def _attend(
-    b_q: tl.tensor, o_limit: tl.tensor, table: tl.tensor, k_cache: tl.tensor, v_cache: tl.tensor,
-    stride_block: tl.tensor, stride_row: tl.tensor, scale_log2: tl.tensor, start: tl.tensor,
-    end: tl.tensor, block_size: tl.tensor, D: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+def _attend_tiles(
+    b_m: tl.tensor, b_l: tl.tensor, b_o: tl.tensor, b_q: tl.tensor, o_limit: tl.tensor,
+    table: tl.tensor, k_cache: tl.tensor, v_cache: tl.tensor, stride_block: tl.tensor,
+    stride_row: tl.tensor, scale_log2: tl.tensor, start: tl.tensor, end: tl.tensor,
+    BLOCK_SIZE: tl.constexpr, D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    MASKED: tl.constexpr,
 ) -> tl.tensor:  # fmt: skip
-    """(m, l, out) of rows `b_q` over positions [start, end), row r seeing p <= o_limit[r].
-
-    m is in base-2 units; a row that saw nothing has m = -inf, l = 0, out = 0.
-    """
+    """(m, l, out) after positions [start, end); not MASKED, whole tiles that every row sees."""
     o_d = tl.arange(0, BLOCK_D)
-    b_m = tl.full((BLOCK_M,), float("-inf"), tl.float32)
-    b_l = tl.zeros((BLOCK_M,), tl.float32)
-    b_o = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     for i_n in range(start, end, BLOCK_N):
         o_n = i_n + tl.arange(0, BLOCK_N)
         m_n = o_n < end
-        block = tl.load(table + o_n // block_size, mask=m_n, other=0).to(tl.int64)
-        o_kv = block * stride_block + (o_n % block_size) * stride_row
-        m_kv = m_n[:, None] & (o_d < D)[None, :]
-        b_k = tl.load(k_cache + o_kv[:, None] + o_d[None, :], mask=m_kv, other=0.0)
-        b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee") * scale_log2
-        b_s = tl.where(m_n[None, :] & (o_n[None, :] <= o_limit[:, None]), b_s, float("-inf"))
-        b_m_next = tl.maximum(b_m, tl.max(b_s, axis=1))
-        b_base = tl.where(b_m_next == float("-inf"), 0.0, b_m_next)  # -inf - -inf would be NaN
-        b_p = tl.exp2(b_s - b_base[:, None])
+        if MASKED:
+            block = tl.load(table + o_n // BLOCK_SIZE, mask=m_n, other=0).to(tl.int64)
+        else:
+            block = tl.load(table + o_n // BLOCK_SIZE).to(tl.int64)
+        o_kv = (block * stride_block + (o_n % BLOCK_SIZE) * stride_row)[:, None] + o_d[None, :]
+        if MASKED or D < BLOCK_D:
+            m_kv = m_n[:, None] & (o_d < D)[None, :]
+            b_k = tl.load(k_cache + o_kv, mask=m_kv, other=0.0)
+            b_v = tl.load(v_cache + o_kv, mask=m_kv, other=0.0)
+        else:
+            b_k = tl.load(k_cache + o_kv)
+            b_v = tl.load(v_cache + o_kv)
+        b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")
+        if MASKED:
+            b_s = tl.where(m_n[None, :] & (o_n[None, :] <= o_limit[:, None]), b_s, float("-inf"))
+        b_m_next = tl.maximum(b_m, tl.max(b_s, axis=1) * scale_log2)
+        b_base = b_m_next
+        if MASKED:
+            b_base = tl.where(b_m_next == float("-inf"), 0.0, b_m_next)  # -inf - -inf is NaN
+        b_p = tl.exp2(b_s * scale_log2 - b_base[:, None])
         b_decay = tl.exp2(b_m - b_base)
-        b_v = tl.load(v_cache + o_kv[:, None] + o_d[None, :], mask=m_kv, other=0.0)
         b_l = b_l * b_decay + tl.sum(b_p, axis=1)
-        b_o = b_o * b_decay[:, None]
-        b_o += tl.dot(b_p.to(b_v.dtype), b_v, input_precision="ieee")
+        b_o = tl.dot(b_p.to(b_v.dtype), b_v, b_o * b_decay[:, None], input_precision="ieee")
         b_m = b_m_next
     return b_m, b_l, b_o
+
+
+@jit
+def _attend(
+    b_q: tl.tensor, o_limit: tl.tensor, seen_by_all: tl.tensor, table: tl.tensor,
+    k_cache: tl.tensor, v_cache: tl.tensor, stride_block: tl.tensor, stride_row: tl.tensor,
+    scale_log2: tl.tensor, start: tl.tensor, end: tl.tensor, BLOCK_SIZE: tl.constexpr,
+    D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+) -> tl.tensor:  # fmt: skip
+    """(m, l, out) of rows `b_q` over positions [start, end), row r seeing p <= o_limit[r].
+
+    Positions below `seen_by_all` need no mask. m is in base-2 units; a row that saw nothing has
+    m = -inf, l = 0, out = 0.
+    """
+    b_m = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    b_l = tl.zeros((BLOCK_M,), tl.float32)
+    b_o = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    open_tiles = tl.maximum(tl.minimum(seen_by_all, end) - start, 0) // BLOCK_N
+    middle = start + open_tiles * BLOCK_N
+    b_m, b_l, b_o = _attend_tiles(
+        b_m, b_l, b_o, b_q, o_limit, table, k_cache, v_cache, stride_block, stride_row,
+        scale_log2, start, middle, BLOCK_SIZE, D, BLOCK_N, BLOCK_D, False,
+    )  # fmt: skip
+    return _attend_tiles(
+        b_m, b_l, b_o, b_q, o_limit, table, k_cache, v_cache, stride_block, stride_row,
+        scale_log2, middle, end, BLOCK_SIZE, D, BLOCK_N, BLOCK_D, True,
+    )  # fmt: skip
 
 
 @jit
@@ -165,7 +199,7 @@ def _prefill_kernel(
     q: tl.tensor, k_cache: tl.tensor, v_cache: tl.tensor, out: tl.tensor, block_tables: tl.tensor,
     cu_seqlens_q: tl.tensor, seq_lens: tl.tensor, scale_log2: tl.tensor, q_stride_t: tl.tensor,
     q_stride_h: tl.tensor, stride_block: tl.tensor, stride_row: tl.tensor, stride_head: tl.tensor,
-    table_stride: tl.tensor, block_size: tl.tensor, GROUP: tl.constexpr, D: tl.constexpr,
+    table_stride: tl.tensor, BLOCK_SIZE: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ) -> None:  # fmt: skip
     """BLOCK_M // GROUP queries of one sequence and KV head; row r is query r // GROUP."""
@@ -185,9 +219,10 @@ def _prefill_kernel(
         b_q = tl.load(q + o_t * q_stride_t + o_h * q_stride_h + o_d[None, :], mask=m_q, other=0.0)
         end = tl.minimum(seq_len - q_len + i_q + TILE, seq_len)
         _, b_l, b_o = _attend(
-            b_q, seq_len - q_len + o_q, block_tables + i_s.to(tl.int64) * table_stride,
-            k_cache + i_h * stride_head, v_cache + i_h * stride_head, stride_block, stride_row,
-            scale_log2, 0, end, block_size, D, BLOCK_M, BLOCK_N, BLOCK_D,
+            b_q, seq_len - q_len + o_q, seq_len - q_len + i_q + 1,
+            block_tables + i_s.to(tl.int64) * table_stride, k_cache + i_h * stride_head,
+            v_cache + i_h * stride_head, stride_block, stride_row, scale_log2, 0, end,
+            BLOCK_SIZE, D, BLOCK_M, BLOCK_N, BLOCK_D,
         )  # fmt: skip
         b_o = b_o / tl.where(b_l == 0.0, 1.0, b_l)[:, None]
         heads = tl.num_programs(1) * GROUP
@@ -200,9 +235,9 @@ def _decode_kernel(
     q: tl.tensor, k_cache: tl.tensor, v_cache: tl.tensor, out: tl.tensor, partial: tl.tensor,
     stats: tl.tensor, block_tables: tl.tensor, cu_seqlens_q: tl.tensor, seq_lens: tl.tensor,
     scale_log2: tl.tensor, q_stride_t: tl.tensor, q_stride_h: tl.tensor, stride_block: tl.tensor,
-    stride_row: tl.tensor, stride_head: tl.tensor, table_stride: tl.tensor, block_size: tl.tensor,
-    GROUP: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr, SPLITS: tl.constexpr,
+    stride_row: tl.tensor, stride_head: tl.tensor, table_stride: tl.tensor,
+    BLOCK_SIZE: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, SPLITS: tl.constexpr,
 ) -> None:  # fmt: skip
     """One split of one sequence and KV head; row r is query head r of the group.
 
@@ -222,9 +257,9 @@ def _decode_kernel(
         o_q = i_t * q_stride_t + o_h[:, None] * q_stride_h + o_d[None, :]
         b_m, b_l, b_o = _attend(
             tl.load(q + o_q, mask=m_q, other=0.0), tl.zeros((BLOCK_M,), tl.int32) + (seq_len - 1),
-            block_tables + i_s.to(tl.int64) * table_stride, k_cache + i_h * stride_head,
+            seq_len, block_tables + i_s.to(tl.int64) * table_stride, k_cache + i_h * stride_head,
             v_cache + i_h * stride_head, stride_block, stride_row, scale_log2, start, end,
-            block_size, D, BLOCK_M, BLOCK_N, BLOCK_D,
+            BLOCK_SIZE, D, BLOCK_M, BLOCK_N, BLOCK_D,
         )  # fmt: skip
         o_row = (i_t * (tl.num_programs(1) * GROUP) + o_h) * SPLITS + i_split
         if SPLITS == 1:
@@ -262,9 +297,9 @@ def _combine_kernel(
 def paged_attention_triton(
     q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, *,
     block_tables: torch.Tensor, cu_seqlens_q: torch.Tensor, seq_lens: torch.Tensor,
-    scale: float, max_seqlen_q: int, max_seqlen_k: int,
+    scale: float, max_seqlen_q: int, max_seqlen_k: int, config: AttentionConfig | None = None,
 ) -> torch.Tensor:  # fmt: skip
-    """`paged_attention` on the device of `q`: the decode kernels when every q_len is at most 1."""
+    """`paged_attention` on the device of `q`; `config` replaces the built-in choice."""
     tokens, heads, dim = q.shape
     block_size, kv_heads = k_cache.shape[1], k_cache.shape[2]
     assert heads % kv_heads == 0 and k_cache.shape == v_cache.shape and dim == k_cache.shape[3]
@@ -273,13 +308,15 @@ def paged_attention_triton(
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if not tokens:
         return out
-    strides = (q.stride(0), q.stride(1), *k_cache.stride()[:3], block_tables.stride(0), block_size)
+    strides = (q.stride(0), q.stride(1), *k_cache.stride()[:3], block_tables.stride(0))
     group, num_seqs = heads // kv_heads, len(seq_lens)
-    config = attention_config(q.device, head_dim=dim, rows=group, decode=max_seqlen_q == 1)
+    config = config or attention_config(
+        q.device, head_dim=dim, rows=group, decode=max_seqlen_q == 1
+    )
     options: dict[str, Any] = {
-        "GROUP": group, "D": dim, "BLOCK_M": config.block_m, "BLOCK_N": config.block_n,
-        "BLOCK_D": max(16, next_power_of_2(dim)), "num_warps": config.num_warps,
-        "num_stages": config.num_stages,
+        "BLOCK_SIZE": block_size, "GROUP": group, "D": dim, "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n, "BLOCK_D": max(16, next_power_of_2(dim)),
+        "num_warps": config.num_warps, "num_stages": config.num_stages,
     }  # fmt: skip
     lengths = (block_tables, cu_seqlens_q, seq_lens, scale * _LOG2_E)
     if max_seqlen_q > 1:

@@ -8,19 +8,17 @@ import re
 import sys
 from typing import Any
 
-import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 MODULES = (
-    "paged_attention", "w4_gemm", "norm", "rope", "silu_mul", "kv_store", "activations",
-    "fused_quant", "w4_dequant", "launch",
+    "paged_attention", "norm", "rope", "silu_mul", "kv_store", "activations", "fused_quant",
+    "launch",
 )  # fmt: skip
-attention, gemm, norm, rope, silu_mul, kv_store, activations, fused, widen, launch = (
+attention, norm, rope, silu_mul, kv_store, activations, fused, launch = (
     importlib.import_module(f"epd_kernels.{name}") for name in MODULES
 )
-CPU = torch.device("cpu")
 LENGTHS = {"block_tables": "*i32", "cu_seqlens_q": "*i32", "seq_lens": "*i32", "scale_log2": "fp32"}
 
 
@@ -71,7 +69,7 @@ def all_kernels() -> dict[str, dict[str, Any]]:
         p = f"*{dtype}"
         types = {**LENGTHS, "q": p, "k_cache": p, "v_cache": p, "out": p,
                  "partial": "*fp32", "stats": "*fp32"}  # fmt: skip
-        tile = {"GROUP": 4, "D": 128, "BLOCK_N": 64, "BLOCK_D": 128}
+        tile = {"BLOCK_SIZE": 16, "GROUP": 4, "D": 128, "BLOCK_N": 64, "BLOCK_D": 128}
         prefill = build(attention._prefill_kernel, types, {**tile, "BLOCK_M": 128}, 8, 3)
         found[f"prefill-{dtype}"] = describe(prefill)
         decode = build(attention._decode_kernel, types, {**tile, "BLOCK_M": 16, "SPLITS": 4}, 4, 3)
@@ -79,7 +77,7 @@ def all_kernels() -> dict[str, dict[str, Any]]:
     combine = {"D": 128, "BLOCK_D": 128, "SPLITS": 4, "BLOCK_S": 4}
     types = {"partial": "*fp32", "stats": "*fp32", "out": "*bf16"}
     found["combine"] = describe(build(attention._combine_kernel, types, combine, 4, 3))
-    found |= elementwise() | quantisers() | gemms() | selection()
+    found |= elementwise() | quantisers() | selection()
     return found
 
 
@@ -117,35 +115,6 @@ def quantisers() -> dict[str, dict[str, Any]]:
             found[f"quantize-{name}-{dtype}"] = describe(
                 build(kernel, types, {**eight, **extra}, 8, 3)
             )
-    return found
-
-
-def gemms() -> dict[str, dict[str, Any]]:
-    found = {}
-    types = {"data": "*u8", "codes": "*fp8e4nv"}
-    types |= dict.fromkeys(("scales", "zeros", "row_scales"), "*fp32")
-    for code in ("u4", "sm7"):
-        fixed = {"N": 4096, "K": 4096, "GROUP": 128, "FORMAT": code, "BLOCK_N": 16, "ENCODE": False}
-        found[f"dequantize-{code}"] = describe(build(widen._dequantize_kernel, types, fixed, 4, 3))
-    fixed = {"N": 4096, "K": 4096, "GROUP": 128, "SPLITS": 1, "SCALED": True, "BIASED": True,
-             "BLOCK_J": 64}  # fmt: skip
-    pairs = [("u4", "bf16"), ("u4", "fp8e4nv"), ("sm7", "fp8e4nv"), ("hi4", "i8")]
-    for code, dtype in pairs:
-        types = {"x": f"*{dtype}", "data": "*u8", "bias": "*bf16", "out": "*bf16", "unit": "fp32"}
-        types |= dict.fromkeys(("scales", "zeros", "sums", "x_scales"), "*fp32")
-        bits = 16 if dtype == "bf16" else 8
-        for tokens in (16, 64, 128):
-            config = launch.gemm_config(CPU, M=tokens, N=4096, K=4096, bits=bits)
-            rows = config.block_n
-            tile = {"FORMAT": code, "BLOCK_M": config.block_m, "BLOCK_N": rows,
-                    "USE_PTX": bits == 8}  # fmt: skip
-            built = build(
-                gemm._w4_gemm_kernel, types, {**fixed, **tile}, config.num_warps, config.num_stages
-            )
-            result = describe(built)
-            # one trip of the loop takes 128 inputs of each row, in 4 warps of 32 lanes
-            result["per_weight"] = result["loop"] * 4 * 32 / (rows * 128)
-            found[f"gemm-{code}-{dtype}-{tokens}"] = result
     return found
 
 
