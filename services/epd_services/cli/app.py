@@ -206,8 +206,8 @@ def bench(
     dtype: Dtype = None,
     seed: Annotated[int, typer.Option(min=0, max=2047)] = 0,
     rates: Annotated[
-        str, typer.Option(help="Requests per second to offer, comma-separated.")
-    ] = "2,6",
+        str | None, typer.Option(help="Requests per second to offer, like 2,6.")
+    ] = None,
     requests: Annotated[
         int, typer.Option(min=1, max=4096, help="Per rate, and in the burst.")
     ] = 24,
@@ -215,7 +215,8 @@ def bench(
     repeat_images: Annotated[
         float, typer.Option(min=0.0, max=0.95, help="Share of requests with an image seen before.")
     ] = 0.25,
-    topologies: Annotated[str, typer.Option(help="Comma-separated.")] = "1EPD,1E1P1D",
+    topologies: Annotated[str | None, typer.Option(help="Like 1EPD,1E1P1D.")] = None,
+    switches: Annotated[int, typer.Option(min=0, max=1000, help="Role switches under load.")] = 0,
 ) -> None:
     """Measure the services of this machine beside transformers, or (--offline) the engine alone."""
     if offline is not None:
@@ -223,10 +224,25 @@ def bench(
             offline, random_weights=random_weights, out=out, device=device, dtype=dtype, seed=seed
         )
         return
+    given = {"output_tokens": output_tokens, "repeat_images": repeat_images, "seed": seed,
+             "out": out, "device": device, "dtype": dtype}  # fmt: skip
+    if switches:
+        _exit(_lazy("switch_bench", "switch_bench")(
+            switches, rates=rates, topology=topologies or "2E2P2D", **given
+        ))  # fmt: skip
+        return
+    topologies = topologies or "1EPD,1E1P1D"
     _exit(_lazy("bench", "bench")(
-        rates=rates, requests=requests, output_tokens=output_tokens, repeat_images=repeat_images,
-        topologies=topologies, seed=seed, out=out, device=device, dtype=dtype,
+        rates=rates or "2,6", requests=requests, topologies=topologies, **given
     ))  # fmt: skip
+
+
+@app.command()
+def simulate(
+    out: Annotated[Path | None, typer.Option(help="CSV file for the rows.")] = None,
+) -> None:
+    """Try the elastic controller on simulated workers, beside static splits and a simpler rule."""
+    _exit(_lazy("elastic.report", "simulate_all")(out))
 
 
 @app.command("eval")

@@ -46,7 +46,8 @@ class DispatchLimits:
 class Attempts:
     """The records in flight, and everything that moves one on.
 
-    `on_unreachable` is told the name of a worker whose queue took no more.
+    `on_unreachable` is told the name of a worker whose queue took no more. `moved` counts the
+    running answers that were sent from each worker to a peer.
     """
 
     def __init__(
@@ -61,6 +62,7 @@ class Attempts:
     ) -> None:
         self.records: dict[str, Record] = {}
         self.counters: Counter[str] = Counter()
+        self.moved: Counter[str] = Counter()
         self.encoder_key = ("", "")
         self.router = Router(membership)
         self._node = node
@@ -285,6 +287,7 @@ class Attempts:
             return False
         record.prefill, record.decode, record.adopted = source, peer, False
         self.counters["moved"] += 1
+        self.moved[source] += 1
         return True
 
     def move_if_leaving(self, record: Record) -> None:
@@ -293,10 +296,11 @@ class Attempts:
         if Stage.DECODE in leaving and record.decoding():
             self.move(record)
 
-    def move_all(self, worker: str) -> int:
-        """Move every answer a worker decodes; how many found a peer."""
-        records = [r for r in self.records.values() if r.decode == worker and r.decoding()]
-        return sum(self.move(record) for record in records)
+    def move_all(self, worker: str) -> None:
+        """Move every answer a worker decodes, as far as there are peers."""
+        for record in list(self.records.values()):
+            if record.decode == worker and record.decoding():
+                self.move(record)
 
     def left_stages(self, worker: str, gone: StageSet, kept: StageSet) -> None:
         """Start again elsewhere what a worker still had of the stages it no longer hosts."""

@@ -57,6 +57,7 @@ class _Run:
     forced: bool
     seen: bool = False
     ready: float | None = None
+    moved_before: int = 0
 
 
 class SwitchCoordinator:
@@ -278,13 +279,15 @@ class SwitchCoordinator:
         if not self._node.post(name, message):
             raise UnavailableError(f"the worker {name} cannot be reached; nothing was changed")
         self._history.add(record)
-        self._runs[name] = _Run(record, self._clock(), stages, forced)
+        run = _Run(record, self._clock(), stages, forced, moved_before=self._attempts.moved[name])
+        self._runs[name] = run
         self._membership.leaving[name] = worker.stages - stages
         _log.info(
             "switch begins", worker=name, old=record.old, new=record.new, reason=record.reason
         )
         if Stage.DECODE in worker.stages - stages:
-            record.moved = self._attempts.move_all(name)
+            self._attempts.move_all(name)
+            record.moved = self._attempts.moved[name] - run.moved_before
         return record
 
     def _current(self, envelope: Envelope, switch_id: str) -> _Run | None:
@@ -328,6 +331,7 @@ class SwitchCoordinator:
         record = run.record
         record.state, record.error = state, error
         record.phases["total"] = self._clock() - run.began
+        record.moved = self._attempts.moved[record.worker] - run.moved_before
         del self._runs[record.worker]
         self._membership.leaving.pop(record.worker, None)
         tell = _log.info if state is SwitchState.DONE else _log.warning
