@@ -41,19 +41,28 @@ class Failpoints:
         leave: Callable[[int], object] = os._exit,
     ) -> None:
         self.hits: Counter[str] = Counter()
-        self._actions = dict(actions or {})
+        self._actions: dict[str, str] = {}
         self._leave = leave
-        for name, action in self._actions.items():
-            if name not in POINTS:
-                raise ConfigError(f"{name[:64]!r} is no failpoint; there are {', '.join(POINTS)}")
-            if action not in ("exit", "raise"):
-                _pause(action)
+        for name, action in (actions or {}).items():
+            self.arm(name, action)
 
     @classmethod
     def parse(cls, text: str | None) -> Failpoints:
         """The points that a setting arms: `NAME=ACTION`, separated by commas."""
         pairs = [part.partition("=") for part in (text or "").split(",") if part.strip()]
         return cls({name.strip(): action.strip() for name, _, action in pairs})
+
+    def arm(self, name: str, action: str) -> None:
+        """Have a point act from now on. Raises `ConfigError`."""
+        if name not in POINTS:
+            raise ConfigError(f"{name[:64]!r} is no failpoint; there are {', '.join(POINTS)}")
+        if action not in ("exit", "raise"):
+            _pause(action)
+        self._actions[name] = action
+
+    def disarm(self) -> None:
+        """Have no point act any more."""
+        self._actions.clear()
 
     def hit(self, name: str) -> None:
         """Pass a point; a pause holds up the whole thread."""
