@@ -174,6 +174,7 @@ class PipelineDispatcher:
                 "name": w.worker_id,
                 "stages": format_stages(w.stages),
                 "epoch": w.epoch,
+                "life": str(w.incarnation),
                 "state": self.roles.state(w),
                 "heartbeat_age_s": round(now - w.last_seen, 3),
                 **{name: getattr(w.stats, name) for name in w.stats.__struct_fields__},
