@@ -48,7 +48,7 @@ def test_help_imports_nothing_heavy() -> None:
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.splitlines()[-1] == "heavy: []"
-    for command in ("serve", "worker", "gateway", "ask", "doctor", "config", "demo", "bench"):
+    for command in ("serve", "worker", "gateway", "ask", "doctor", "config", "admin", "bench"):
         assert f" {command} " in out.stdout
 
 
