@@ -11,7 +11,9 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """Sizes of one engine core. `num_blocks` None derives the count from `kv_memory_bytes`.
 
     `layer_pruning` names a method that prunes inside the decoder for requests that ask for it, and
-    the layers after which it does ("adaptinfer", "adaptinfer:1,3,4"); None: no request may.
+    the layers after which it does ("adaptinfer", "adaptinfer:1,3,4"); None: no request may. `kv`
+    is how keys and values are held: bf16 (the model's dtype), fp8, int4, or auto, which is what the
+    checkpoint was quantised for.
     """
 
     block_size: int = 16
@@ -23,3 +25,4 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     prefix_cache: bool = True
     chunked_prefill: bool = True
     layer_pruning: str | None = None
+    kv: str = "auto"

@@ -14,6 +14,7 @@ import structlog
 from epd.errors import DeadlineError, EPDError, InvalidRequestError, WireError
 from epd.intake import take_in
 from epd.kv.blocks import BlockManager
+from epd.kv.gate import choose_formats
 from epd.kv.handoff import KVHandoff, ModelFacts
 from epd.kv.pool import KVPool
 from epd.models.layer_pruning import check_layer_pruner, resolve_layer_pruner
@@ -87,20 +88,22 @@ class EngineCore:
         self.layer_pruner = layer_pruner
         self._card = card
         self._hidden_size = shape.hidden_size
+        formats, self.kv_checks = choose_formats(decoder, card, config.kv)
         self.facts = ModelFacts(
             revision=card.revision, num_layers=layers, num_kv_heads=shape.num_kv_heads,
             head_dim=shape.head_dim, dtype=str(decoder.dtype).removeprefix("torch."),
             vocab_size=shape.vocab_size, max_position=card.max_position, layer_group=groups,
+            kv_formats=formats,
         )  # fmt: skip
         block_bytes = KVPool.block_bytes(
             layers, block_size=config.block_size, num_kv_heads=shape.num_kv_heads,
-            head_dim=shape.head_dim, dtype=decoder.dtype,
+            head_dim=shape.head_dim, dtype=decoder.dtype, formats=formats,
         )  # fmt: skip
         num_blocks = config.num_blocks or max(1, config.kv_memory_bytes // block_bytes)
         self.pool = KVPool(
             layers, num_blocks=num_blocks, block_size=config.block_size,
             num_kv_heads=shape.num_kv_heads, head_dim=shape.head_dim, dtype=decoder.dtype,
-            device=device,
+            device=device, formats=formats,
         )  # fmt: skip
         self.blocks = BlockManager(
             num_blocks, config.block_size, num_groups=self.facts.num_groups,
@@ -169,6 +172,7 @@ class EngineCore:
             revision=self.facts.revision, num_layers=self.facts.num_layers,
             num_kv_heads=self.facts.num_kv_heads, head_dim=self.facts.head_dim,
             dtype=self.facts.dtype, layer_group=list(self.facts.layer_group),
+            kv_formats=list(self.facts.kv_formats),
         )  # fmt: skip
 
     def hold(self, request_id: str) -> tuple[KVHandoff, float | None]:
@@ -190,7 +194,7 @@ class EngineCore:
         return [(s.request_id, s.attempt) for s in sequences if wanted(s)]
 
     def export_kv(self, request_id: str) -> list[torch.Tensor]:
-        """The KV of a held request, per layer [2, KV length, num_kv_heads, head_dim].
+        """The KV of a held request, per layer [2, KV length, num_kv_heads, width].
 
         Raises `KeyError` if the request is not held.
         """
@@ -235,9 +239,8 @@ class EngineCore:
         assert table is not None
         if len(tensors) != facts.num_layers:
             raise WireError("imported KV has the wrong number of layers")
-        for tensor, group in zip(tensors, facts.layer_group, strict=True):
-            shape = (2, table.lengths[group], facts.num_kv_heads, facts.head_dim)
-            if tensor.shape != shape or tensor.dtype != self.pool.dtype:
+        for layer, (tensor, group) in enumerate(zip(tensors, facts.layer_group, strict=True)):
+            if not self.pool.fits(layer, tensor, table.lengths[group]):
                 raise WireError("imported KV has the wrong shape or dtype")
         for layer, (tensor, group) in enumerate(zip(tensors, facts.layer_group, strict=True)):
             self.pool.scatter(table.blocks[group], [tensor], layers=[layer])
@@ -253,6 +256,7 @@ class EngineCore:
             blocks_total=self.blocks.num_blocks, blocks_free=self.blocks.num_free,
             prefix_hits=scheduler.prefix_hits, prefix_queries=scheduler.prefix_queries,
             preemptions=scheduler.preemptions,
+            kv_fallbacks=sum(check.fell_back for check in self.kv_checks),
         )  # fmt: skip
 
     def check(self) -> None:

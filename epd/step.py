@@ -110,7 +110,10 @@ class StepResult:
 
 @dataclass(frozen=True, slots=True)
 class CoreStats:
-    """Sequences per state, blocks, and running totals. Prefix counts are in tokens."""
+    """Sequences per state, blocks, and running totals. Prefix counts are in tokens.
+
+    `kv_fallbacks` layers hold KV less coarsely than was asked for.
+    """
 
     waiting: int
     running: int
@@ -121,3 +124,4 @@ class CoreStats:
     prefix_hits: int
     prefix_queries: int
     preemptions: int
+    kv_fallbacks: int = 0

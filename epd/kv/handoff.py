@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import msgspec
 
 from epd.errors import EPDError, WireError
+from epd.kv.formats import row_width
 from epd.request import SamplingParams
 
 __all__ = ["KVHandoff", "ModelFacts"]
@@ -24,6 +25,7 @@ class ModelFacts:
     vocab_size: int
     max_position: int
     layer_group: tuple[int, ...]
+    kv_formats: tuple[str, ...]
 
     @property
     def num_groups(self) -> int:
@@ -37,6 +39,7 @@ class KVHandoff(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     `prompt_token_ids` has one placeholder per vision token. The last of `output_token_ids` is the
     next input; `kv_lengths` (per layer group) covers everything before it. `next_pos` is that
     token's position and is carried, never derived from a length: pruned tokens leave gaps.
+    `kv_formats` names per layer how its KV is held; it moves as it is.
     """
 
     request_id: str
@@ -51,6 +54,7 @@ class KVHandoff(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     head_dim: int
     dtype: str
     layer_group: list[int]
+    kv_formats: list[str]
 
     @property
     def num_tokens(self) -> int:
@@ -58,9 +62,9 @@ class KVHandoff(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
         return len(self.prompt_token_ids) + len(self.output_token_ids)
 
     def shape(self, layer: int) -> tuple[int, int, int, int]:
-        """Shape of the KV tensor of `layer`: [2, KV length, num_kv_heads, head_dim]."""
+        """Shape of the KV tensor of `layer`: [2, KV length, num_kv_heads, width]."""
         length = self.kv_lengths[self.layer_group[layer]]
-        return (2, length, self.num_kv_heads, self.head_dim)
+        return (2, length, self.num_kv_heads, row_width(self.kv_formats[layer], self.head_dim))
 
     def validate(self, facts: ModelFacts) -> None:
         """Raise `WireError` unless the handoff is consistent and fits the model of `facts`."""
@@ -69,6 +73,8 @@ class KVHandoff(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
                 raise WireError(f"KV handoff disagrees with this worker's model in {field}")
         if tuple(self.layer_group) != facts.layer_group:
             raise WireError("KV handoff disagrees with this worker's model in layer_group")
+        if tuple(self.kv_formats) != facts.kv_formats:
+            raise WireError("KV handoff disagrees with this worker in kv_formats")
         if not self.prompt_token_ids or not self.output_token_ids:
             raise WireError("KV handoff lacks prompt or output tokens")
         if not all(0 <= t < facts.vocab_size for t in self.output_token_ids):

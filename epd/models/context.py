@@ -11,13 +11,15 @@ from typing import Protocol
 
 import torch
 
+from epd_kernels import QuantKV
+
 __all__ = ["AttentionBatch", "ForwardContext", "LayerCaches", "Tap"]
 
 
 class LayerCaches(Protocol):
     """A paged KV pool, as the decoder sees it."""
 
-    def layer(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def layer(self, index: int) -> tuple[torch.Tensor | QuantKV, torch.Tensor | QuantKV]:
         """K and V caches of one layer, each `[num_blocks, block_size, num_kv_heads, head_dim]`."""
         ...
 

@@ -13,7 +13,9 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from epd.kv.formats import KV_PLAIN
 from epd.models.checkpoint import Checkpoint, resolve_dtype
+from epd.models.files import problem
 from epd.models.layers import DecoderLayer, RMSNorm
 from epd.models.quantized_layers import install_layers, quantized_paths
 from epd.models.rope import inverse_frequencies, rope_angles
@@ -49,7 +51,10 @@ class Stream(NamedTuple):
 
 
 class Decoder(nn.Module):
-    """Embedding, layers, final norm and head. Build it with `load` or `random`."""
+    """Embedding, layers, final norm and head. Build it with `load` or `random`.
+
+    `kv_format` is how its keys and values were calibrated to be held.
+    """
 
     inverse_frequency: torch.Tensor
 
@@ -60,6 +65,7 @@ class Decoder(nn.Module):
         """`without` names linear layers that get no storage: the caller puts its own there."""
         super().__init__()
         self.config = config
+        self.kv_format = KV_PLAIN
         shape = (config.vocab_size, config.hidden_size)
         self.embedding = nn.Parameter(torch.empty(shape, dtype=dtype, device="meta"))
         self.layers = nn.ModuleList(
@@ -86,7 +92,10 @@ class Decoder(nn.Module):
             if card.quantization is not None:
                 paths = quantized_paths(checkpoint, card.text, card.quantization)
             decoder = cls(card.text, device, resolve_dtype(device, dtype), without=paths)
+            if card.quantization is not None:
+                decoder.kv_format = card.quantization.kv
             install_layers(decoder, paths)
+            decoder._load_factors(checkpoint)
             for target, name in decoder._sources():
                 checkpoint.fill(target, name)
             decoder._load_vocabulary(checkpoint)
@@ -213,6 +222,19 @@ class Decoder(nn.Module):
             names = [prefix + f"mlp.{name}" for name in ("gate_proj", "up_proj")]
             yield from _rows(mlp.gate_up_proj, names, [inner, inner])
             yield from _rows(mlp.down_proj, [prefix + "mlp.down_proj"], [-1])
+
+    def _load_factors(self, checkpoint: Checkpoint) -> None:
+        """What keys are multiplied by before they are coded, where the quantiser left factors."""
+        shape = (self.config.num_kv_heads, self.config.head_dim)
+        for index in range(len(self.layers)):
+            name = f"language_model.layers.{index}.self_attn.kv_factors"
+            if name in checkpoint:
+                factors = checkpoint.tensor(name, shape).float()
+                if not bool((factors.isfinite() & (factors > 0)).all()):
+                    raise problem(f"Cannot load tensor {name}.",
+                                  "Expected positive numbers, found others.",
+                                  "Quantise the model again.")  # fmt: skip
+                self._layer(index).attention.kv_factors = factors.to(self.device)
 
     def _load_vocabulary(self, checkpoint: Checkpoint) -> None:
         """Embedding and head. Tied ones are stored once, or twice if training drove them apart."""

@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from epd_kernels import add_rms_norm, apply_rope, paged_attention, rms_norm, silu_mul, store_kv
+from epd_kernels import (
+    HeadNorms,
+    QuantKV,
+    add_rms_norm,
+    apply_rope,
+    paged_attention,
+    quantized_attention,
+    rms_norm,
+    rope_store_kv,
+    silu_mul,
+    store_kv,
+)
 
 if TYPE_CHECKING:
     from epd.models.context import ForwardContext
@@ -41,7 +52,10 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Grouped-query attention with one fused qkv projection."""
+    """Grouped-query attention with one fused qkv projection.
+
+    `kv_factors` fp32 `[Hkv, head_dim]` multiply keys before they are coded and divide queries.
+    """
 
     def __init__(self, config: DecoderConfig, *, dtype: torch.dtype) -> None:
         super().__init__()
@@ -55,6 +69,7 @@ class Attention(nn.Module):
         if config.qk_norm:
             self.q_norm = RMSNorm(config.head_dim, eps=config.rms_norm_eps, dtype=dtype)
             self.k_norm = RMSNorm(config.head_dim, eps=config.rms_norm_eps, dtype=dtype)
+        self.kv_factors: torch.Tensor | None = None
 
     def forward(
         self,
@@ -65,29 +80,56 @@ class Attention(nn.Module):
         layer: int,
     ) -> torch.Tensor:
         """Attention output `[T, hidden]` of `x [T, hidden]`; keys and values enter the cache."""
-        q, k, v = self.project(x, cos, sin)
-        if context.tap is not None and context.tap.layer == layer:
-            context.tap.queries, context.tap.keys = q, k
+        q, k, v = self._split(x)
         batch = context.groups[context.layer_group[layer]]
         k_cache, v_cache = context.kv.layer(layer)
-        store_kv(k, v, k_cache, v_cache, batch.slot_mapping)
-        out = paged_attention(
-            q, k_cache, v_cache, block_tables=batch.block_tables, cu_seqlens_q=batch.cu_seqlens_q,
-            seq_lens=batch.seq_lens, scale=self.scale, max_seqlen_q=batch.max_seqlen_q,
-            max_seqlen_k=batch.max_seqlen_k,
-        )  # fmt: skip
+        shape: dict[str, Any] = {
+            "block_tables": batch.block_tables, "cu_seqlens_q": batch.cu_seqlens_q,
+            "seq_lens": batch.seq_lens, "scale": self.scale, "max_seqlen_q": batch.max_seqlen_q,
+            "max_seqlen_k": batch.max_seqlen_k,
+        }  # fmt: skip
+        tap = context.tap if context.tap is not None and context.tap.layer == layer else None
+        if isinstance(k_cache, QuantKV) and isinstance(v_cache, QuantKV):
+            if tap is not None:
+                tap.queries, tap.keys = self._positioned(q, k, cos, sin)
+            q = rope_store_kv(
+                q, k, v, cos=cos, sin=sin, k_cache=k_cache, v_cache=v_cache,
+                slot_mapping=batch.slot_mapping, norms=self._norms(), factors=self.kv_factors,
+            )  # fmt: skip
+            out = quantized_attention(q, k_cache, v_cache, **shape)
+        else:
+            assert isinstance(k_cache, torch.Tensor)
+            assert isinstance(v_cache, torch.Tensor)
+            q, k = self._positioned(q, k, cos, sin)
+            if tap is not None:
+                tap.queries, tap.keys = q, k
+            store_kv(k, v, k_cache, v_cache, batch.slot_mapping)
+            out = paged_attention(q, k_cache, v_cache, **shape)
         return self.o_proj(out.reshape(len(x), -1))  # type: ignore[no-any-return]
 
     def project(
         self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Queries, keys (both after RoPE) and values `[T, heads, head_dim]` of `x [T, hidden]`."""
-        qkv = self.qkv_proj(x).view(len(x), -1, self.head_dim)
-        q, k, v = qkv.split(self.heads, dim=1)
+        q, k, v = self._split(x)
+        return *self._positioned(q, k, cos, sin), v
+
+    def _split(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        q, k, v = self.qkv_proj(x).view(len(x), -1, self.head_dim).split(self.heads, dim=1)
+        return q, k, v
+
+    def _positioned(
+        self, q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Queries and keys normed, where the model does, and rotated."""
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k = apply_rope(q, k, cos, sin)
-        return q, k, v
+        return apply_rope(q, k, cos, sin)
+
+    def _norms(self) -> HeadNorms | None:
+        if self.q_norm is None or self.k_norm is None:
+            return None
+        return HeadNorms(self.q_norm.weight, self.k_norm.weight, self.q_norm.eps)
 
 
 class FeedForward(nn.Module):

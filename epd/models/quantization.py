@@ -13,15 +13,18 @@ from typing import Any
 from epd.errors import CheckpointError
 from epd.models.files import problem
 
-__all__ = ["FORMAT_VERSION", "SCHEMES", "Quantization"]
+__all__ = ["FORMAT_VERSION", "KV_FORMATS", "SCHEMES", "Quantization"]
 
 FORMAT_VERSION = 1
+KV_FORMATS = ("bf16", "fp8", "int4")
 SCHEMES = ("w4a16", "w4a8-fp8", "w4a8-int8", "fp8")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Quantization:
     """Bits of weights and activations (`scheme`), and `method`, who wrote the tensors.
+
+    `kv` is how keys and values are to be held, as the checkpoint was calibrated.
 
     `zero_offset` is what a GPTQ file leaves out of its stored zeros: 1 in its first version, 0 in
     its second.
@@ -30,6 +33,7 @@ class Quantization:
     method: str
     scheme: str
     zero_offset: int = 0
+    kv: str = "bf16"
 
     @classmethod
     def from_config(cls, raw: object) -> Quantization:
@@ -47,7 +51,9 @@ def _own(raw: Mapping[str, Any]) -> Quantization:
         raise _unsupported("format_version", raw.get("format_version"), str(FORMAT_VERSION))
     if raw.get("scheme") not in SCHEMES:
         raise _unsupported("scheme", raw.get("scheme"), ", ".join(SCHEMES))
-    return Quantization(method="epd", scheme=raw["scheme"])
+    if raw.get("kv", "bf16") not in KV_FORMATS:
+        raise _unsupported("kv", raw["kv"], ", ".join(KV_FORMATS))
+    return Quantization(method="epd", scheme=raw["scheme"], kv=raw.get("kv", "bf16"))
 
 
 def _compressed_tensors(raw: Mapping[str, Any]) -> Quantization:

@@ -15,19 +15,20 @@ from epd.request import SamplingParams
 
 FACTS = ModelFacts(
     revision="r", num_layers=3, num_kv_heads=2, head_dim=8, dtype="bfloat16", vocab_size=50,
-    max_position=9, layer_group=(0, 0, 1),
+    max_position=9, layer_group=(0, 0, 1), kv_formats=("bf16", "int4", "fp8"),
 )  # fmt: skip
 GOOD = KVHandoff(
     request_id="a", prompt_token_ids=[1, 49, 3, 60], output_token_ids=[7, 8],
     sampling=SamplingParams(max_tokens=5), kv_lengths=[5, 3], next_pos=5, revision="r",
     num_layers=3, num_kv_heads=2, head_dim=8, dtype="bfloat16", layer_group=[0, 0, 1],
+    kv_formats=["bf16", "int4", "fp8"],
 )  # fmt: skip
 
 
 def test_a_good_handoff_passes_and_survives_the_wire():
     GOOD.validate(FACTS)
     assert msgspec.msgpack.decode(msgspec.msgpack.encode(GOOD), type=KVHandoff) == GOOD
-    assert [GOOD.shape(i) for i in range(3)] == [(2, 5, 2, 8), (2, 5, 2, 8), (2, 3, 2, 8)]
+    assert [GOOD.shape(i) for i in range(3)] == [(2, 5, 2, 8), (2, 5, 2, 8), (2, 3, 2, 12)]
 
 
 def test_positions_run_ahead_of_the_kv_where_tokens_were_pruned():
@@ -47,7 +48,8 @@ def test_positions_run_ahead_of_the_kv_where_tokens_were_pruned():
         ("kv_lengths", [5, -1]), ("next_pos", 4), ("next_pos", 9), ("next_pos", 0),
         ("next_pos", -1), ("next_pos", 1 << 40),
         ("sampling", SamplingParams(temperature=float("nan"))),
-        ("sampling", SamplingParams(max_tokens=2)),
+        ("sampling", SamplingParams(max_tokens=2)), ("kv_formats", ["bf16", "int4"]),
+        ("kv_formats", ["bf16", "int4", "int4"]), ("kv_formats", []),
     ],
 )  # fmt: skip
 def test_whatever_does_not_fit_is_refused(field: str, value: Any):
