@@ -25,7 +25,7 @@ from epd.models.tiny import write_tiny_llava
 from epd_services.admin.client import AdminClient, RefusedError, UnreachableError, open_client
 
 QUESTION = "what is it"
-TOKENS = 300
+TOKENS = 400
 PAUSE = 0.7
 PHASES = ("drain", "unload", "load", "ready", "commit")
 PAUSES = ",".join(f"switch.{phase}=pause:{PAUSE}" for phase in PHASES)
@@ -281,6 +281,28 @@ def the_admin_client_dies(operator: Operator, expected: list[str], phase: str) -
     assert (record["state"], record["new"]) == ("done", "P")
     again = operator.epd("switch", "decode-2", "P", "--wait")
     assert "unchanged" in again.communicate(timeout=30)[0] and again.returncode == 0
+    no_leaks(operator)
+
+
+def test_long_answers_go_on_at_a_peer_when_the_drain_is_short(
+    operator: Operator, expected: list[str]
+) -> None:
+    """Moved with their KV: none is computed again, no token comes twice."""
+    before = operator.stack.pipeline()["counters"]
+
+    def accident(admin: AdminClient) -> subprocess.Popen[str]:
+        return operator.epd("switch", "decode-0", "P", "--drain-timeout", "1", "--wait")
+
+    replies, command = during(operator, accident, count=6)
+    check(replies, expected)
+    said = command.communicate(timeout=30)[0]
+    assert command.returncode == 0 and "decode-0 D → P done" in said
+    with operator.admin() as admin:
+        record = admin.history()[-1]
+    assert record["moved"] >= 1 and record["phases"]["drain"] < 1.0 + PAUSE + 0.5
+    after = operator.stack.pipeline()["counters"]
+    for name in ("retries", "repeated_tokens", "evicted"):
+        assert after.get(name, 0) == before.get(name, 0), name
     no_leaks(operator)
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
 import io
 import json
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,12 +25,23 @@ from PIL import Image
 
 from epd.chat import ChatFormatter
 from epd.demo import CHECKPOINT
+from epd.membership import Membership
+from epd.messages import SwitchRole
 from epd.models.card import ModelCard
+from epd.node import GATEWAY, Identity, Node
+from epd.request import SamplingParams
+from epd.roles import parse_stages
+from epd.transport import InMemoryTransport
+from epd.wire import Codec
 from epd_services.gateway.app import create_app
+from epd_services.gateway.dispatch_api import Generation, ImagePixels, Submission
+from epd_services.gateway.dispatcher import PipelineDispatcher
 from epd_services.gateway.fake import FakeDispatcher, Script
+from epd_services.gateway.fake_worker import FakeWorker
 from epd_services.gateway.fetch import ImageFetcher
 from epd_services.gateway.server import server_config
 from epd_services.gateway.settings import GatewaySettings
+from epd_services.gateway.switches import SwitchRecord
 
 MODEL = "demo"
 
@@ -172,3 +185,88 @@ def key_file(tmp_path: Path) -> Path:
     path = tmp_path / "keys"
     path.write_text("# tenants\nalpha-key-0123456789\nbravo-key-0123456789\n")
     return path
+
+
+class World:
+    """A gateway without sockets, its clock, and the workers around it."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+        self.steps: list[str] = []
+        self.network: dict[str, Any] = {}
+        self.workers: dict[str, FakeWorker] = {}
+        self.members = Membership("r", self.clock)
+        self.node = Node(Identity(GATEWAY, 7), InMemoryTransport(GATEWAY, self.network), Codec())
+        self.dispatcher = PipelineDispatcher(
+            self.node, self.members, None, clock=self.clock, failpoint=self.steps.append
+        )
+        self.roles = self.dispatcher.roles
+
+    def clock(self) -> float:
+        return self.now
+
+    def worker(self, name: str) -> FakeWorker:
+        return self.workers[name]
+
+    async def join(self, **stages: str) -> None:
+        for name, letters in stages.items():
+            self.workers[name] = FakeWorker(self.network, name, letters)
+            self.workers[name].beat()
+        await self.settle()
+
+    async def settle(self) -> None:
+        """Let every message that is under way arrive."""
+        for _ in range(20):
+            await asyncio.sleep(0)
+        while not self.network[GATEWAY].empty():
+            await asyncio.sleep(0)
+        await asyncio.sleep(0)
+
+    async def wait(self, seconds: float, *silent: str) -> None:
+        """Let time pass; everybody but the `silent` goes on sending heartbeats."""
+        until = self.now + seconds
+        while self.now < until:
+            self.now = min(until, self.now + 0.25)
+            for name, worker in self.workers.items():
+                if name not in silent:
+                    worker.read(SwitchRole)
+                    worker.beat()
+            await self.settle()
+            self.dispatcher._apply(self.members.expire())
+            self.roles.tick()
+
+    def ask(self, images: int = 0, name: str = "q") -> Generation:
+        pixels = [ImagePixels(1, 1, bytes([n, 0, 0])) for n in range(images)]
+        return self.dispatcher.submit(
+            Submission(
+                request_id=name, prompt_token_ids=[1], images=pixels, timeout_s=60.0,
+                sampling=SamplingParams(max_tokens=8, ignore_eos=True), salt="",
+            )
+        )  # fmt: skip
+
+    def hosting(self, stages: str) -> list[str]:
+        """Names of the workers that get work of a stage."""
+        return [w.worker_id for w in self.members.hosting(*parse_stages(stages))]
+
+    def switch(self, worker: str, stages: str, **options: Any) -> SwitchRecord:
+        return self.roles.start(worker, parse_stages(stages), drain_seconds=2.0, **options)
+
+
+@asynccontextmanager
+async def role_world(**stages: str) -> AsyncIterator[World]:
+    made = World()
+    listening = asyncio.create_task(made.node.run())
+    await made.join(**stages)
+    try:
+        yield made
+    finally:
+        await made.dispatcher._attempts.stop()
+        listening.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await listening
+
+
+@pytest.fixture
+def world() -> Callable[..., Any]:
+    """A context manager: the gateway's core among scripted workers, on a clock of its own."""
+    return role_world
