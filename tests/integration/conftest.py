@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import io
+import itertools
 import json
 import os
 import re
@@ -20,10 +21,20 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
 import pytest
 import yaml
 from PIL import Image
 
+from epd.config import EngineConfig
+from epd.messages import WorkerStats
+from epd.models.card import ModelCard
+from epd.models.tiny import write_tiny_llava
+from epd.request import SamplingParams, TokenOutput
+from epd.roles import parse_stages
+from epd_services.gateway.dispatch_api import ImagePixels, Submission
+from epd_services.gateway.switches import SwitchRecord
+from epd_services.local_pipeline import LocalPipeline
 from epd_services.settings import Settings, load_settings
 from epd_services.supervisor import Supervisor
 
@@ -246,3 +257,86 @@ def compose() -> Callable[..., dict[str, Any]]:
 def images() -> dict[str, ContainerImage]:
     """The images of the Dockerfile by target."""
     return load_images()
+
+
+class SwitchBench:
+    """A small model, its pipelines in one process, and questions about numbered pictures."""
+
+    config = EngineConfig(num_blocks=256, max_batched_tokens=64, max_num_seqs=32)
+
+    def __init__(self, model: Path) -> None:
+        self.card = ModelCard.load(model)
+        self._count = itertools.count()
+
+    def pipeline(self, topology: str, **options: Any) -> LocalPipeline:
+        return LocalPipeline(str(self.card.path), topology, **{"config": self.config, **options})
+
+    def request(self, *pictures: int, **sampling: Any) -> Submission:
+        image = self.card.image_token_id or 0
+        marks = [token for n in range(len(pictures)) for token in (20 + n, image)]
+        sizes = [np.random.default_rng(seed).integers(20, 60, 2).tolist() for seed in pictures]
+        return Submission(
+            request_id=f"s{next(self._count)}", prompt_token_ids=[1, *marks, 30, 31, 32, 33],
+            images=[ImagePixels(w, h, np.random.default_rng(seed).bytes(3 * w * h))
+                    for seed, (w, h) in zip(pictures, sizes, strict=True)],
+            sampling=SamplingParams(**{"max_tokens": 32, "ignore_eos": True, **sampling}),
+            salt="", timeout_s=80.0,
+        )  # fmt: skip
+
+    async def undisturbed(self, requests: list[Submission]) -> list[list[TokenOutput]]:
+        async with self.pipeline("1EPD") as pipeline:
+            return await self.ask(pipeline, requests)
+
+    async def ask(
+        self, pipeline: LocalPipeline, requests: list[Submission], every: float = 0.0
+    ) -> list[list[TokenOutput]]:
+        """The answers to requests that arrive `every` so many seconds."""
+
+        async def one(number: int, request: Submission) -> list[TokenOutput]:
+            await asyncio.sleep(number * every)
+            tokens, _ = await pipeline.run(request)
+            assert [t.index for t in tokens] == list(range(len(tokens)))
+            return tokens
+
+        return await asyncio.gather(*(one(n, r) for n, r in enumerate(requests)))
+
+    async def switch(
+        self, pipeline: LocalPipeline, worker: str, stages: str, **options: Any
+    ) -> SwitchRecord:
+        options = {"drain_seconds": 20.0, **options}
+        record = pipeline.dispatcher.roles.start(worker, parse_stages(stages), **options)
+        await self.until(lambda: record.final)
+        return record
+
+    async def until(self, condition: Callable[[], bool]) -> None:
+        while not condition():
+            await asyncio.sleep(0.002)
+
+    async def produced(self, pipeline: LocalPipeline, request: Submission, count: int) -> None:
+        records = pipeline.dispatcher._attempts.records
+        await self.until(
+            lambda: len(r.outputs if (r := records.get(request.request_id)) else ()) >= count
+        )
+
+    async def no_leaks(self, pipeline: LocalPipeline) -> None:
+        """Every block, lease and queue is back where it started, every core consistent."""
+        workers = pipeline.workers.values()
+        idle = WorkerStats()
+        queues = ("running", "kv_leases", "encode_queue", "prefill_waiting", "handoff_queue")
+        async with asyncio.timeout(3.0):
+            await self.until(lambda: all(
+                s.blocks_free == s.blocks_total
+                and all(getattr(s, name) == getattr(idle, name) for name in queues)
+                for s in (worker.stats() for worker in workers)
+            ))  # fmt: skip
+        for worker in workers:
+            assert worker.hosted.idle()
+            if worker.hosted.loop is not None:
+                worker.hosted.loop.core.check()
+
+
+@pytest.fixture(scope="session")
+def switch_bench(tmp_path_factory: pytest.TempPathFactory) -> SwitchBench:
+    """One for all: it holds a model and nothing that changes."""
+    path = tmp_path_factory.mktemp("tiny")
+    return SwitchBench(write_tiny_llava(path, seed=3, num_kv_heads=2))
