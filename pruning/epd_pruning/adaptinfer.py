@@ -12,9 +12,9 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from epd_pruning.attention import received_and_given
+from epd_kernels.text_votes import received_and_given
 from epd_pruning.errors import PruningError
-from epd_pruning.layer_base import LayerInputs, LayerPruner
+from epd_pruning.layer_base import LayerBatch, LayerPruner
 from epd_pruning.schedule import Schedule
 
 __all__ = ["AdaptInfer"]
@@ -50,15 +50,17 @@ class AdaptInfer(LayerPruner):
         if self.prior_window < 0:
             raise PruningError("prior_window", "at least 0", self.prior_window)
 
-    def voters(self, inputs: LayerInputs) -> LayerInputs:
-        return inputs.last_text(self.prior_window) if self.prior_window else inputs
+    def num_voters(self, num_text: int) -> int:
+        return min(num_text, self.prior_window or num_text)
 
-    def weights(self, inputs: LayerInputs) -> Tensor:
-        prior = received_and_given(
-            inputs.queries, inputs.keys, inputs.text, inputs.row_lse(), inputs.scale
-        )
-        return self.blend * prior + (1 - self.blend) * prior.mean()
+    def weigh(self, batch: LayerBatch, lse: Tensor) -> Tensor:
+        prior = received_and_given(batch.queries, batch.keys, lse, batch.spans, scale=batch.scale)
+        if self.blend < 1:
+            for span in batch.spans.spans:
+                own = prior[:, span.query : span.query + span.votes]
+                own.lerp_(own.mean(), 1 - self.blend)
+        return prior
 
     def macs(self, *, num_text: int, num_vision: int, num_heads: int, head_dim: int) -> int:
-        voting = min(num_text, self.prior_window or num_text)
+        voting = self.num_voters(num_text)
         return num_heads * head_dim * voting * (voting + num_vision)

@@ -7,15 +7,17 @@ Reduction", CVPR 2025. DART: Wen et al., EMNLP 2025.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+import torch
 from torch import Tensor
 
 from epd_pruning.dart import least_duplicated
 from epd_pruning.errors import PruningError
-from epd_pruning.layer_base import LayerInputs, LayerPruner
+from epd_pruning.layer_base import LayerBatch, LayerInputs, LayerPruner
 from epd_pruning.schedule import Schedule
 from epd_pruning.selection import at_least_fp32, cosine_matrix
 
@@ -59,9 +61,22 @@ class DartLayer(LayerPruner):
         if self.num_pivots < 1:
             raise PruningError("num_pivots", "at least 1", self.num_pivots)
 
+    def rate(self, batch: LayerBatch) -> Tensor:
+        if batch.hidden is None:
+            raise PruningError("hidden", "given: the method reads it", None)
+        rating = torch.full((1, batch.keys.shape[0]), -math.inf, device=batch.keys.device)
+        for span, rows in batch.vision_rows():
+            order = self._order(batch.keys[rows], batch.hidden[rows], span.keep)
+            rating[0, rows[order]] = -torch.arange(order.shape[0], device=rows.device).float()
+        return rating
+
     def order(self, inputs: LayerInputs, num_kept: int) -> Tensor:
         if inputs.hidden is None:
             raise PruningError("hidden", "given: the method reads it", None)
-        strength = at_least_fp32(inputs.keys[:, inputs.vision]).abs().sum((0, 2))
-        similarity = cosine_matrix(inputs.hidden[inputs.vision])
-        return least_duplicated(similarity, strength, num_kept, self.num_pivots)
+        keys = inputs.keys[:, inputs.vision].transpose(0, 1)
+        return self._order(keys, inputs.hidden[inputs.vision], num_kept)
+
+    def _order(self, keys: Tensor, hidden: Tensor, num_kept: int) -> Tensor:
+        """Indices of the vision rows whose `keys` [V, H_kv, d] and `hidden` [V, D] these are."""
+        strength = at_least_fp32(keys).abs().sum((1, 2))
+        return least_duplicated(cosine_matrix(hidden), strength, num_kept, self.num_pivots)

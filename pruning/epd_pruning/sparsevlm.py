@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from epd_pruning.errors import PruningError
-from epd_pruning.layer_base import LayerInputs, LayerPruner, LayerSelection
+from epd_pruning.layer_base import LayerBatch, LayerInputs, LayerPruner, LayerSelection
 from epd_pruning.schedule import Schedule
 from epd_pruning.selection import at_least_fp32, group_sums, stable_top_k
 
@@ -34,6 +34,7 @@ class SparseVLM(LayerPruner):
 
     name: ClassVar[str] = "sparsevlm"
     reads_hidden: ClassVar[bool] = True
+    has_raters: ClassVar[bool] = True
     presets: ClassVar[Mapping[str, Schedule]] = {
         "llava-1.5-7b/192": Schedule((2, 6, 15), (300, 200, 110)),
         "llava-1.5-7b/128": Schedule((2, 6, 15), (303, 110, 36)),
@@ -49,14 +50,13 @@ class SparseVLM(LayerPruner):
         chosen = share > share.mean()
         return chosen | ~chosen.any()
 
-    def voters(self, inputs: LayerInputs) -> LayerInputs:
-        return inputs
+    def num_voters(self, num_text: int) -> int:
+        return num_text
 
-    def weights(self, inputs: LayerInputs) -> Tensor:
-        if inputs.raters is None:
+    def weigh(self, batch: LayerBatch, lse: Tensor) -> Tensor:
+        if batch.raters is None:
             raise PruningError("raters", "given: choose_raters at the embeddings", None)
-        votes = inputs.raters.float() / inputs.raters.sum() / inputs.queries.shape[0]
-        return votes.expand(inputs.queries.shape[0], -1)
+        return (batch.raters / lse.shape[0]).expand(lse.shape)
 
     def order(self, inputs: LayerInputs, num_kept: int) -> Tensor:
         # the rest of the order says which of the dropped are recycled

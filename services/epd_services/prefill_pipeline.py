@@ -23,7 +23,7 @@ from epd_pruning.script import Script
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from epd_pruning.layer_base import LayerInputs, LayerSelection
+    from epd_pruning.layer_base import LayerBatch
     from epd_services.prefill_bench import Case
 
 __all__ = ["Engine", "Prefill", "PrefillPipeline"]
@@ -50,17 +50,15 @@ class _Watched(AdaptInfer):
 
     marks: ClassVar[list[tuple[torch.cuda.Event, torch.cuda.Event]]] = []
 
-    def choose_all(
-        self, inputs: Sequence[LayerInputs], num_kept: Sequence[int]
-    ) -> list[LayerSelection]:
-        if not torch.cuda.is_available():
-            return super().choose_all(inputs, num_kept)
+    def keep_rows(self, batch: LayerBatch, num_rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+        if not batch.keys.is_cuda:
+            return super().keep_rows(batch, num_rows)
         begin, end = _event(), _event()
         begin.record()
-        chosen = super().choose_all(inputs, num_kept)
+        kept = super().keep_rows(batch, num_rows)
         end.record()
         self.marks.append((begin, end))
-        return chosen
+        return kept
 
 
 @dataclass(slots=True)

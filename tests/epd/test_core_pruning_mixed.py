@@ -155,7 +155,7 @@ def test_choosing_never_waits_for_the_device(
     assert stages is not None
     survivors, calls = stages._survivors, []
 
-    def watched(*args: Any) -> Tensor | None:
+    def watched(*args: Any) -> Any:
         with NoReadBack():
             calls.append(survivors(*args))
         return calls[-1]
@@ -164,7 +164,6 @@ def test_choosing_never_waits_for_the_device(
     layer_bench.add_all(core)
     assert not core.step().failed
     assert len(calls) == len(layer_bench.layers)
-    assert None not in calls
     with NoReadBack(), pytest.raises(AssertionError, match="waits"):
         torch.ones(2).sum().item()
 

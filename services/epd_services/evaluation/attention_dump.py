@@ -10,7 +10,7 @@ import torch
 from epd.kv.pool import KVPool
 from epd.models.context import AttentionBatch, ForwardContext, Tap
 from epd.models.decoder import Decoder, Stream
-from epd_pruning.attention import attention_lse, weighted_attention
+from epd_kernels.text_votes import Span, Spans, row_lse, weighted_columns
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -38,7 +38,8 @@ def text_to_vision(
     hidden[is_vision] = torch.cat(list(images)).to(hidden.dtype)
     positions = torch.arange(len(ids), device=decoder.device)
     vision = is_vision.nonzero()[:, 0]
-    text = positions[int(vision[-1]) + 1 :]
+    num_text = len(ids) - 1 - int(vision[-1])
+    text = Spans.of((Span(len(ids) - num_text, num_text, 0, len(ids)),), decoder.device)
     context, stream = _context(decoder, len(ids)), Stream(None, hidden)
     found = []
     for layer in range(decoder.config.num_layers):
@@ -49,12 +50,12 @@ def text_to_vision(
     return torch.stack(found)
 
 
-def _received(tap: Tap, vision: Tensor, text: Tensor, scale: float) -> Tensor:
+def _received(tap: Tap, vision: Tensor, text: Spans, scale: float) -> Tensor:
     assert tap.queries is not None
     assert tap.keys is not None
-    queries, keys = tap.queries[text].transpose(0, 1), tap.keys.transpose(0, 1)
-    lse = attention_lse(queries, keys, text, scale)
-    return weighted_attention(queries, keys, vision, lse, torch.ones_like(lse), scale)
+    lse = row_lse(tap.queries, tap.keys, text, scale=scale)
+    votes = torch.ones_like(lse)
+    return weighted_columns(tap.queries, tap.keys, lse, votes, text, scale=scale).sum(0)[vision]
 
 
 def _context(decoder: Decoder, length: int) -> ForwardContext:
