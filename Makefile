@@ -5,7 +5,7 @@ BIN := .venv/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_ROOT_USER_ACTION := ignore
 
-.PHONY: demo up test test-all lint bench setup clean
+.PHONY: demo up test test-all lint bench tune bench-kernels setup clean
 
 demo: setup
 	$(BIN)/epd demo --questions 10 --multi
@@ -27,6 +27,13 @@ lint: setup
 
 bench: setup
 	$(BIN)/epd bench
+
+# both want a GPU, and the Python that sees it: make tune PYTHON=python3
+tune:
+	PYTHONPATH=kernels $(PYTHON) kernels/bench/tune_gemm.py -o kernels/epd_kernels/tuned
+
+bench-kernels:
+	PYTHONPATH=kernels $(PYTHON) kernels/bench/bench_gemm.py -o kernels/bench/results/gemm.csv
 
 setup: .venv/.ready
 	@command -v redis-server >/dev/null || command -v valkey-server >/dev/null || sh docker/install-redis.sh

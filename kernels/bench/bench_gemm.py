@@ -1,91 +1,76 @@
 """Time four-bit GEMMs against the vendor's bf16 and FP8 products: `python bench_gemm.py -o FILE`.
 
 Activations are quantised beforehand, for the vendor's FP8 product as for ours; the sums of x that
-U4 needs are inside the time. `--dry-run` needs no GPU: it runs every four-bit implementation once
-on small shapes, checks it, and times nothing.
+U4 needs are inside the time. `--table` takes launches from a file that tune_gemm.py wrote instead
+of those shipped. `--dry-run` needs no GPU: it runs every four-bit implementation once on small
+shapes, checks it, and times nothing.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import time
 from collections.abc import Callable, Sequence
-from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
-from timing import Results, copies_beyond_l2, measure_roofs, relative_error
+from gemm_cases import SCHEMES, SHAPES, TOKENS, Case, activations, checked, weight_of
+from timing import Results, Windows, copies_beyond_l2, measure_roofs, relative_error
 from torch.nn import functional
 
-from epd_kernels import (
-    Format,
-    pack,
-    quantize_fp8,
-    quantize_int8,
-    quantize_weight,
-    w4_gemm,
-    w4a8_fp8_large,
-)
+from epd_kernels import dequantize_fp8, quantize_fp8, w4_gemm, w4a8_fp8_large
+from epd_kernels.launch import GemmConfig
+from epd_kernels.w4_dequant import fp8_row_scales
 
-TOKENS = (1, 4, 8, 16, 32, 64, 128, 256, 640, 1024, 2048, 8192)
-SHAPES = ((12288, 4096), (22016, 4096), (28672, 4096), (4096, 11008), (4096, 14336))
-FOUR_BIT = {
-    "w4a16": (Format.U4, None, "bf16"),
-    "w4a8-fp8-sm7": (Format.SM7, quantize_fp8, "fp8"),
-    "w4a8-fp8-u4": (Format.U4, quantize_fp8, "fp8"),
-    "w4a8-int8": (Format.HI4, quantize_int8, "int8"),
-}
-TOLERANCE = 8e-3
+WIDENED_FROM = 128  # tokens, below which widening the weight first is not worth a measurement
 
 
 @dataclass(frozen=True)
 class Variant:
     """One implementation at one shape: calls on distinct weights, bytes of one, and its error."""
 
-    calls: Sequence[Callable[[], torch.Tensor]]
+    calls: Sequence[Callable[[], object]]
     num_bytes: int
     kind: str
     error: float
 
 
-def four_bit(name: str, x: torch.Tensor, weight: torch.Tensor, group: int) -> Variant:
+def four_bit(case: Case, x: torch.Tensor, config: GemmConfig | None) -> Variant:
     """Our GEMM, checked against the fp32 product of its own dequantised operands."""
-    target, quantize, kind = FOUR_BIT[name]
-    codes, scales = quantize(x) if quantize else (x, None)
-    canonical = quantize_weight(weight, group_size=group or weight.shape[1])
-    packed = pack(canonical, target)
-    zeros = 0 if packed.zeros is None else packed.zeros.nbytes
-    read = packed.data.nbytes + packed.scales.nbytes + zeros
-    run = partial(w4_gemm, codes, out_dtype=x.dtype, x_scales=scales)
-    calls = [partial(run, deepcopy(packed)) for _ in range(copies(read, x))]
-    wide = codes.float() if scales is None else codes.float() * scales[:, None]
-    error = relative_error(calls[0](), wide @ canonical.dequantize().t())
-    if error > TOLERANCE:
-        raise SystemExit(f"{name} is wrong at {tuple(x.shape)} x {len(weight)}: error {error:.1e}")
-    return Variant(calls, read + codes.nbytes + out_bytes(x, weight), kind, error)
+    codes, scales = case.quantized(x)
+    calls = case.calls(codes, scales, config)
+    error = checked(calls[0], case.expected(codes, scales), f"{case.scheme.name} M={len(x)}")
+    return Variant(calls, case.num_bytes(codes), case.scheme.kind, error)
 
 
-def widened(x: torch.Tensor, weight: torch.Tensor, group: int) -> Variant:
+def widened(case: Case, x: torch.Tensor) -> Variant:
     """The four-bit weight turned to FP8 inside the time, then the vendor's product."""
     codes, scales = quantize_fp8(x)
-    packed = pack(quantize_weight(weight, group_size=group or weight.shape[1]), Format.SM7)
-    run = partial(w4a8_fp8_large, codes, out_dtype=x.dtype, x_scales=scales)
-    read = packed.data.nbytes + packed.scales.nbytes
-    calls = [partial(run, deepcopy(packed)) for _ in range(copies(read, x))]
-    error = relative_error(
-        calls[0](), w4_gemm(codes, packed, out_dtype=torch.float32, x_scales=scales)
-    )
+    run = partial(w4a8_fp8_large, codes, out_dtype=x.dtype, x_scales=scales,
+                  row_scales=fp8_row_scales(case.packed))  # fmt: skip
+    error = relative_error(run(case.packed), case.expected(codes, scales))
     # the FP8 weight is written once and read once
-    moved = read + 2 * weight.numel() + codes.nbytes + out_bytes(x, weight)
-    return Variant(calls, moved, "fp8", error)
+    moved = case.num_bytes(codes) + 2 * case.shape[0] * case.shape[1]
+    return Variant([partial(run, packed) for packed in case.copies], moved, "fp8", error)
+
+
+def widening(case: Case) -> Variant:
+    """Only the conversion to FP8."""
+    run = partial(dequantize_fp8, row_scales=fp8_row_scales(case.packed))
+    codes, scales = run(case.packed)
+    error = relative_error(codes.float() * scales[:, None], case.dense)
+    moved = case.weight_bytes + case.shape[0] * case.shape[1]
+    return Variant([partial(run, packed) for packed in case.copies], moved, "fp8", error)
 
 
 def vendor_bf16(x: torch.Tensor, weight: torch.Tensor) -> Variant:
-    weights = [weight.clone() for _ in range(copies(weight.nbytes, x))]
+    weights = [weight.clone() for _ in range(copies_beyond_l2(weight.nbytes))]
     calls = [partial(functional.linear, x, w) for w in weights]
     error = relative_error(calls[0](), x.float() @ weight.float().t())
-    return Variant(calls, weight.nbytes + x.nbytes + out_bytes(x, weight), "bf16", error)
+    return Variant(calls, weight.nbytes + x.nbytes + 2 * len(x) * len(weight), "bf16", error)
 
 
 def vendor_fp8(x: torch.Tensor, weight: torch.Tensor) -> Variant:
@@ -96,69 +81,88 @@ def vendor_fp8(x: torch.Tensor, weight: torch.Tensor) -> Variant:
     calls = [
         partial(torch._scaled_mm, a, b.clone().t(), scale_a[:, None], scale_b[None], None, None,
                 x.dtype)
-        for _ in range(copies(b.nbytes, x))
+        for _ in range(copies_beyond_l2(b.nbytes))
     ]  # fmt: skip
     error = relative_error(calls[0](), expected)
-    return Variant(calls, b.nbytes + a.nbytes + out_bytes(x, weight), "fp8", error)
+    return Variant(calls, b.nbytes + a.nbytes + 2 * len(x) * len(weight), "fp8", error)
 
 
-def copies(num_bytes: int, x: torch.Tensor) -> int:
-    return copies_beyond_l2(num_bytes) if x.is_cuda else 1
+class Table:
+    """Launches by scheme, shape and token count, as tune_gemm.py wrote them."""
+
+    def __init__(self, path: Path | None) -> None:
+        self._shapes = json.loads(path.read_text())["gemm"] if path else {}
+
+    def config(self, case: Case, m: int) -> GemmConfig | None:
+        """The launch of the least tuned token count that is at least `m`, or of the greatest."""
+        buckets = self._shapes.get(case.scheme.name, {}).get("x".join(map(str, case.shape)), {})
+        if not buckets:
+            return None
+        key = min((b for b in map(int, buckets) if b >= m), default=max(map(int, buckets)))
+        return GemmConfig(*buckets[str(key)])
 
 
-def out_bytes(x: torch.Tensor, weight: torch.Tensor) -> int:
-    return x.element_size() * len(x) * len(weight)
-
-
-def operands(m: int, n: int, k: int, device: str) -> tuple[torch.Tensor, torch.Tensor]:
-    rng = torch.Generator(device).manual_seed(m)
-    make = partial(torch.randn, generator=rng, device=device, dtype=torch.bfloat16)
-    return make(m, k), make(n, k)
-
-
-def dry_run(group: int) -> None:
+def dry_run() -> None:
     for m in (1, 17):
-        x, weight = operands(m, 64, 256, "cpu")
-        for name in FOUR_BIT:
-            error = four_bit(name, x, weight, group).error
-            print(f"{name}  M={m} N=64 K=256 g={group or 'K'}  error={error:.1e}  not timed")
-        error = widened(x, weight, group).error
+        x, weight = activations(m, 256, "cpu"), weight_of(64, 256, "cpu")
+        for scheme in SCHEMES.values():
+            codes, scales = (case := Case(scheme, weight)).quantized(x)
+            run = partial(w4_gemm, codes, case.packed, out_dtype=x.dtype, x_scales=scales)
+            error = checked(run, case.expected(codes, scales), scheme.name)
+            print(f"{scheme.name}  M={m} N=64 K=256  error={error:.1e}  not timed")
+        error = widened(Case(SCHEMES["w4a8-fp8"], weight), x).error
         print(f"w4a8-fp8-widened  M={m} N=64 K=256  error={error:.1e}  not timed")
 
 
-def measure(results: Results, group: int) -> None:
+def measure(results: Results, table: Table, deadline: float) -> None:
     """Every shape and token count; a line per cell says how it stands to bf16."""
+    lines = []
     for n, k in SHAPES:
+        weight = weight_of(n, k)
+        cases = {name: Case(scheme, weight) for name, scheme in SCHEMES.items()}
+        add(results, "widening", f"N={n} K={k}", widening(cases["w4a8-fp8"]), 0.0)
         for m in TOKENS:
-            x, weight = operands(m, n, k, "cuda")
-            variants = {"bf16": vendor_bf16(x, weight)}
-            if torch.cuda.get_device_capability() >= (9, 0):
-                variants["fp8"] = vendor_fp8(x, weight)
-                if m >= 256:
-                    variants["w4a8-fp8-widened"] = widened(x, weight, group)
-            variants |= {name: four_bit(name, x, weight, group) for name in FOUR_BIT}
-            shape = f"M={m} N={n} K={k} g={group or 'K'}"
-            times = {
-                name: results.add(
-                    "gemm", name, shape, v.calls, num_bytes=v.num_bytes, ops=2.0 * m * n * k,
-                    kind=v.kind, error=v.error,
-                ).p50
-                for name, v in variants.items()
-            }  # fmt: skip
-            ratios = {name: round(times["bf16"] / t, 2) for name, t in times.items()}
-            print(f"{shape}: times bf16 {ratios}")
+            if time.monotonic() > deadline:
+                print(f"out of time before N={n} K={k} M={m}")
+                continue
+            x = activations(m, k)
+            variants = {"bf16": vendor_bf16(x, weight), "fp8": vendor_fp8(x, weight)}
+            if m >= WIDENED_FROM:
+                variants["w4a8-fp8-widened"] = widened(cases["w4a8-fp8"], x)
+            for name, case in cases.items():
+                if m > 2048 and name != "w4a8-int8-channel":
+                    continue
+                try:
+                    variants[name] = four_bit(case, x, table.config(case, m))
+                except ArithmeticError as failure:
+                    lines.append(f"{n}x{k} M={m}: {failure}")
+            ops = 2.0 * m * n * k
+            times = {i: add(results, i, f"M={m} N={n} K={k}", v, ops) for i, v in variants.items()}
+            cells = (f"{i} {t:.1f} ({times['bf16'] / t:.2f}x)" for i, t in times.items())
+            lines.append(f"{n}x{k} M={m}: " + "  ".join(cells))
+    print("\n".join(["microseconds (times bf16)", *lines]))
+
+
+def add(results: Results, impl: str, shape: str, variant: Variant, ops: float) -> float:
+    return results.add(
+        "gemm", impl, shape, variant.calls, num_bytes=variant.num_bytes, ops=ops,
+        kind=variant.kind, error=variant.error,
+    ).p50  # fmt: skip
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("-o", "--output", type=Path, default=Path("results.csv"))
-    parser.add_argument("--group-size", type=int, default=128, help="0: one group per row")
+    parser.add_argument("--table", type=Path)
+    parser.add_argument("--seconds", type=float, default=240, help="start nothing after this")
     parser.add_argument("--dry-run", action="store_true")
     args = parser.parse_args()
     if args.dry_run:
-        dry_run(args.group_size)
+        dry_run()
     else:
-        measure(Results(args.output, measure_roofs()), args.group_size)
+        deadline = time.monotonic() + args.seconds
+        results = Results(args.output, measure_roofs(), Windows(5, 10.0), quiet=True)
+        measure(results, Table(args.table), deadline)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
 """Timing inside CUDA graphs, the device's measured roofs, and the rows of a result file.
 
 A call is timed by capturing it many times in one graph, each time on another copy of its large
-inputs so that none of them waits in the L2 cache, and replaying the graph in windows of 50 ms.
-Launch overhead of Python is outside; the gap between two kernels of a graph is inside, as it is
-when serving. Roofs are measured in the same process: a copy for bytes, vendor matrix products for
-operations.
+inputs so that none of them waits in the L2 cache, and replaying the graph in windows of some
+milliseconds. Launch overhead of Python is outside; the gap between two kernels of a graph is
+inside, as it is when serving. Roofs are measured in the same process: a copy for bytes, vendor
+matrix products for operations.
 """
 
 from __future__ import annotations
@@ -23,8 +23,13 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from pathlib import Path
 
-WINDOW_MS = 50.0
-WINDOWS = 9
+
+@dataclass(frozen=True, slots=True)
+class Windows:
+    """How often, and for how long at a time, a graph is replayed."""
+
+    count: int = 9
+    ms: float = 50.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +41,7 @@ class Timing:
     p80: float
 
 
-def graph_timing(calls: Sequence[Callable[[], object]]) -> Timing:
+def graph_timing(calls: Sequence[Callable[[], object]], windows: Windows | None = None) -> Timing:
     """Time per call of `calls`, run one after another inside one captured graph."""
     stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     with torch.cuda.stream(stream):
@@ -47,10 +52,11 @@ def graph_timing(calls: Sequence[Callable[[], object]]) -> Timing:
     with torch.cuda.graph(graph, stream=stream):
         for call in calls:
             call()
+    windows = windows or Windows()
     once = _replay_ms(graph, 3) / 3
-    repeats = max(1, math.ceil(WINDOW_MS / once))
+    repeats = max(1, math.ceil(windows.ms / once))
     per_call = 1000 / (repeats * len(calls))
-    samples = [_replay_ms(graph, repeats) * per_call for _ in range(WINDOWS)]
+    samples = [_replay_ms(graph, repeats) * per_call for _ in range(windows.count)]
     low, *_, high = statistics.quantiles(samples, n=5)
     return Timing(low, statistics.median(samples), high)
 
@@ -147,10 +153,12 @@ def _commit() -> str:
 
 
 class Results:
-    """Appends rows to a CSV file and prints them; every row carries its environment."""
+    """Appends rows to a CSV file and, unless quiet, prints them; each carries its environment."""
 
-    def __init__(self, path: Path, roofs: Roofs) -> None:
-        self._path, self._roofs = path, roofs
+    def __init__(
+        self, path: Path, roofs: Roofs, windows: Windows | None = None, *, quiet: bool = False
+    ) -> None:
+        self._path, self._roofs, self._windows, self._quiet = path, roofs, windows, quiet
         self._environment = environment()
         rates = ", ".join(f"{k} {v / 1e12:.0f} Tops/s" for k, v in roofs.ops_per_s.items())
         print(f"{self._environment}\nroofs: copy {roofs.bytes_per_s / 1e12:.2f} TB/s, {rates}")
@@ -160,7 +168,7 @@ class Results:
         num_bytes: float, ops: float, kind: str, error: float,
     ) -> Timing:  # fmt: skip
         """Time `calls` and write their row."""
-        timing = graph_timing(calls)
+        timing = graph_timing(calls, self._windows)
         seconds = timing.p50 * 1e-6
         row = Row(
             op, impl, shape, timing.p20, timing.p50, timing.p80, num_bytes / seconds / 1e12,
@@ -173,7 +181,8 @@ class Results:
         cells: dict[str, Any] = {
             k: f"{v:.4g}" if isinstance(v, float) else v for k, v in asdict(row).items()
         }
-        print("  ".join(f"{k}={cells[k]}" for k in cells), flush=True)
+        if not self._quiet:
+            print("  ".join(f"{k}={cells[k]}" for k in cells), flush=True)
         fresh = not self._path.exists()
         with self._path.open("a", newline="") as file:
             names = [*self._environment, *(f.name for f in fields(Row))]

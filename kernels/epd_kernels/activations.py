@@ -59,12 +59,40 @@ def quantize_int8_ref(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return (wide / scales[:, None]).round().clamp(-127, 127).to(torch.int8), scales
 
 
-def group_sums(x: torch.Tensor, group_size: int) -> torch.Tensor:
-    """fp32 `[M, K / group_size]`: sums of `x [M, K]`, after its rounding, over each group.
+def group_sums(x: torch.Tensor, group_size: int, *, unit: float = 1.0) -> torch.Tensor:
+    """fp32 `[M, K / group_size]`: `unit` times the sums of `x [M, K]` as rounded, over each group.
 
     With weights (u - z) * s the zero leaves the matrix product: s * (sum x u - z * sum x).
     """
-    return x.float().view(len(x), -1, group_size).sum(-1)
+    if not x.is_cuda:
+        return x.float().view(len(x), -1, group_size).sum(-1) * unit
+    return group_sums_triton(x, group_size, unit=unit)
+
+
+@jit
+def _group_sums_kernel(
+    x: tl.tensor, sums: tl.tensor, stride_x: tl.tensor, unit: tl.tensor, K: tl.constexpr,
+    GROUP: tl.constexpr, BLOCK_G: tl.constexpr,
+) -> None:  # fmt: skip
+    """One token per program."""
+    i_m = tl.program_id(0).to(tl.int64)
+    o_g = tl.arange(0, BLOCK_G)
+    m_g = o_g < K // GROUP
+    o_x = o_g[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
+    b_x = tl.load(x + i_m * stride_x + o_x, mask=m_g[:, None], other=0.0).to(tl.float32)
+    tl.store(sums + i_m * (K // GROUP) + o_g, tl.sum(b_x, axis=1) * unit, mask=m_g)
+
+
+def group_sums_triton(x: torch.Tensor, group_size: int, *, unit: float = 1.0) -> torch.Tensor:
+    """`group_sums` on the device of `x`."""
+    tokens, width = x.shape
+    groups = width // group_size
+    sums = torch.empty(tokens, groups, dtype=torch.float32, device=x.device)
+    _group_sums_kernel[(tokens,)](
+        x, sums, x.stride(0), unit, K=width, GROUP=group_size, BLOCK_G=next_power_of_2(groups),
+        num_warps=row_warps(width),
+    )  # fmt: skip
+    return sums
 
 
 @jit

@@ -17,15 +17,17 @@ import torch
 try:
     import triton
     import triton.language as tl
+    from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 except ImportError:
-    triton = tl = None
+    triton = tl = gdc_launch_dependents = gdc_wait = None
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
 __all__ = ["INTERPRETED", "AttentionConfig", "DeviceFacts", "GemmConfig", "attention_config",
-           "constant", "device_facts", "gemm_config", "jit", "next_power_of_2",
-           "previous_power_of_2", "row_warps", "tl", "triton"]  # fmt: skip
+           "constant", "device_facts", "early_launch", "gdc_launch_dependents", "gdc_wait",
+           "gemm_config", "jit", "next_power_of_2", "previous_power_of_2", "row_warps", "tl",
+           "triton", "tuned_name"]  # fmt: skip
 
 INTERPRETED = triton is not None and bool(triton.knobs.runtime.interpret)
 
@@ -33,12 +35,13 @@ INTERPRETED = triton is not None and bool(triton.knobs.runtime.interpret)
 def jit(kernel: Callable[..., Any]) -> Any:
     """The compiled (or interpreted) kernel; the function itself on a host without Triton.
 
-    A parameter called M varies from step to step: no variant is compiled for its value.
+    A parameter called M or num_splits varies from step to step: no variant is compiled for its
+    value.
     """
     if triton is None:
         return kernel
-    varying = [name for name in inspect.signature(kernel).parameters if name == "M"]
-    return triton.jit(kernel, do_not_specialize=varying)
+    varying = {"M", "num_splits"} & inspect.signature(kernel).parameters.keys()
+    return triton.jit(kernel, do_not_specialize=sorted(varying))
 
 
 def constant(value: object) -> Any:
@@ -63,6 +66,13 @@ def device_facts(device: torch.device) -> DeviceFacts:
     return DeviceFacts(properties.major * 10 + properties.minor, properties.multi_processor_count)
 
 
+def tuned_name(device: torch.device) -> str:
+    """The file name, without its ending, of the launches tuned for `device` and this Triton."""
+    words = torch.cuda.get_device_name(device).lower().replace("/", " ").split()
+    release = ".".join(triton.__version__.split(".")[:2])
+    return f"{'-'.join(words)}-triton-{release}"
+
+
 def previous_power_of_2(n: int) -> int:
     """The greatest power of two that is at most `n`, and 1 below that."""
     return 1 << max(n.bit_length() - 1, 0)
@@ -76,6 +86,11 @@ def next_power_of_2(n: int) -> int:
 def row_warps(width: int) -> int:
     """Warps for a kernel that keeps one row of `width` elements in registers."""
     return min(max(next_power_of_2(width) // 512, 1), 16)
+
+
+def early_launch(early: bool) -> dict[str, bool]:
+    """Launch options of a kernel that waits by itself for the one before it."""
+    return {"launch_pdl": True} if early else {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +126,8 @@ class GemmConfig:
     """Weight rows and tokens per tile, spans of K, warps and pipeline stages of a GEMM.
 
     `use_ptx` decodes eight-bit operands with inline assembly, which halves the instructions of the
-    loop; the interpreter has no assembly.
+    loop; the interpreter has no assembly. `early` lets the kernel be launched before the one ahead
+    of it has drained (compute capability 9.0 and later).
     """
 
     block_n: int
@@ -120,6 +136,7 @@ class GemmConfig:
     num_warps: int
     num_stages: int
     use_ptx: bool = not INTERPRETED
+    early: bool = False
 
 
 def gemm_config(device: torch.device, *, M: int, N: int, K: int, bits: int) -> GemmConfig:

@@ -22,7 +22,7 @@ u * 2^-9. The 16 * code form is QQQ's (arXiv 2406.09904); the scale absmax / 7 i
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 
 import torch
@@ -115,8 +115,12 @@ def _nonzero(scales: torch.Tensor) -> torch.Tensor:
 class PackedWeight:
     """`data` uint8 `[N, Kp / 2]` with Kp = K rounded up to 128; `scales`, `zeros` fp32 `[Gp, N]`.
 
+    Or, by `tiled`, `data [ceil(N / 64), Kp / 128, 64, 64]`: what a tile of 64 rows reads of 128
+    inputs lies together.
+
     Scales lie group-major, so that one K step of a kernel reads one contiguous row. `zeros` is
     held in the units of the unsigned code u = code + 8 and always present in U4, never otherwise.
+    A `centred` weight has no zeros of its own: where U4 holds them, all are 8.
     """
 
     format: Format
@@ -125,22 +129,36 @@ class PackedWeight:
     zeros: torch.Tensor | None
     in_features: int
     group_size: int
+    centred: bool
 
     @property
     def out_features(self) -> int:
-        return self.data.shape[0]
+        return self.scales.shape[1]
+
+    def tiled(self) -> PackedWeight:
+        """The same weight with `data` in tiles of 64 rows by 128 inputs; rows are padded."""
+        if self.data.ndim == 4:
+            return self
+        rows = functional.pad(self.data, (0, 0, 0, -self.out_features % _HALF))
+        tiles = rows.view(-1, _HALF, rows.shape[1] // _HALF, _HALF).transpose(1, 2).contiguous()
+        return replace(self, data=tiles)
+
+    def row_major(self) -> PackedWeight:
+        """The same weight with `data [N, Kp / 2]`, whatever its order was."""
+        if self.data.ndim == 2:
+            return self
+        rows = self.data.transpose(1, 2).flatten(2).flatten(0, 1)[: self.out_features]
+        return replace(self, data=rows.contiguous())
 
     def to(self, device: torch.device) -> PackedWeight:
         """The same weight with its tensors on `device`."""
         zeros = None if self.zeros is None else self.zeros.to(device)
-        return PackedWeight(
-            self.format, self.data.to(device), self.scales.to(device), zeros,
-            self.in_features, self.group_size,
-        )  # fmt: skip
+        return replace(self, data=self.data.to(device), scales=self.scales.to(device), zeros=zeros)
 
     def unpack(self) -> QuantWeight:
         """The canonical form this was packed from, bit for bit."""
-        low, high = _decode(self.data.view(self.out_features, -1, _HALF), self.format)
+        data = self.row_major().data
+        low, high = _decode(data.view(self.out_features, -1, _HALF), self.format)
         codes = torch.cat((low, high), dim=-1).flatten(1)[:, : self.in_features]
         groups = self.in_features // self.group_size
         scales = self.scales[:groups].t().contiguous()
@@ -164,7 +182,7 @@ def pack(weight: QuantWeight, target: Format) -> PackedWeight:
         zeros = torch.zeros_like(weight.scales) if zeros is None else zeros
         zeros = functional.pad(zeros + 8, (0, group_padding)).t().contiguous()
     scales = functional.pad(weight.scales.float(), (0, group_padding)).t().contiguous()
-    return PackedWeight(target, data, scales, zeros, width, weight.group_size)
+    return PackedWeight(target, data, scales, zeros, width, weight.group_size, weight.zeros is None)
 
 
 def _encode(a: torch.Tensor, b: torch.Tensor, target: Format) -> torch.Tensor:

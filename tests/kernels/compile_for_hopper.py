@@ -22,8 +22,11 @@ attention, norm, rope, silu_mul, kv_store, activations, fused, launch = (
 LENGTHS = {"block_tables": "*i32", "cu_seqlens_q": "*i32", "seq_lens": "*i32", "scale_log2": "fp32"}
 
 
-def build(kernel: Any, types: dict[str, str], constants: dict[str, Any], warps: int, stages: int):
-    """`kernel` compiled with every pointer and stride a multiple of 16."""
+def build(
+    kernel: Any, types: dict[str, str], constants: dict[str, Any], warps: int, stages: int, *,
+    even: tuple[str, ...] = ("D",),
+):  # fmt: skip
+    """`kernel` compiled with every pointer, stride and argument in `even` a multiple of 16."""
     names = kernel.arg_names
     signature = {n: "constexpr" if n in constants else types.get(n, "i32") for n in names}
     aligned = {

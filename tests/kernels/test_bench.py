@@ -12,7 +12,7 @@ BENCH = Path(__file__).parents[2] / "kernels" / "bench"
 
 
 @pytest.mark.parametrize(
-    ("script", "cells"), [("bench_gemm", 10), ("bench_attention", 3), ("bench_selection", 2)]
+    ("script", "cells"), [("bench_gemm", 12), ("bench_attention", 3), ("bench_selection", 2)]
 )
 def test_dry_run(script, cells, tmp_path):
     done = subprocess.run(

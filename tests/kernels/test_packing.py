@@ -149,3 +149,16 @@ def test_group_sums():
         for g in range(4):
             values = codes[m, g * 32 : g * 32 + 32].double()
             assert float(sums[m, g]) == pytest.approx(float(values.sum()), abs=1e-3)
+
+
+@pytest.mark.parametrize("rows", [1, 64, 100])
+def test_tiles_hold_the_same_weight(rows):
+    """Row (64 i + r), byte (64 j + c) lies at [i, j, r, c], and comes back."""
+    rng = torch.Generator().manual_seed(4)
+    codes = torch.randint(-7, 8, (rows, 384), generator=rng, dtype=torch.int8)
+    packed = pack(QuantWeight(codes, torch.ones(rows, 3)), Format.SM7)
+    tiled = packed.tiled()
+    assert tiled.data.shape == (-(-rows // 64), 3, 64, 64)
+    assert torch.equal(tiled.data[-1, 2, (rows - 1) % 64], packed.data[-1, 128:])
+    assert torch.equal(tiled.row_major().data, packed.data)
+    assert torch.equal(tiled.unpack().codes, codes) and tiled.out_features == rows

@@ -59,6 +59,29 @@ def test_equals_dequantised_product(scheme, shape, group_size, backend, assert_c
     assert_close(out, wide @ dense.t() + bias.double().cpu())
 
 
+@pytest.mark.parametrize("scheme", ["w4a8-fp8-sm7", "w4a8-int8-hi4"])
+def test_tiled_weights_give_the_same_product(scheme, backend):
+    run = backend.op("w4_gemm", "w4_gemm")
+    x, scales, packed, _, _ = _operands(scheme, 5, 70, 384, 128, torch.float32, backend.device)
+    options = {"out_dtype": torch.float32, "x_scales": scales}
+    assert torch.equal(run(x, packed, **options), run(x, packed.tiled(), **options))
+
+
+@pytest.mark.parametrize("scheme", ["w4a16-u4", "w4a8-fp8-u4"])
+def test_symmetric_weights_in_u4(scheme, backend, assert_close):
+    """Zeros that are all 8 vanish where operands are centred, and nowhere else."""
+    run = backend.op("w4_gemm", "w4_gemm")
+    x = torch.randn(5, 256, generator=torch.Generator().manual_seed(5)).to(backend.device)
+    codes, scales = quantize_fp8(x) if "fp8" in scheme else (x, None)
+    wide = codes.double() if scales is None else codes.double() * scales[:, None]
+    weight = torch.randn(48, 256, generator=torch.Generator().manual_seed(6))
+    for group_size in (64, 256):
+        canonical = quantize_weight(weight, group_size=group_size)
+        packed = pack(canonical, Format.U4).to(torch.device(backend.device))
+        out = run(codes, packed, out_dtype=torch.float32, x_scales=scales)
+        assert_close(out, wide.cpu() @ canonical.dequantize().double().t())
+
+
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("splits", [1, 2, 3, 8])
 def test_splits_of_k(scheme, splits, backend, assert_close):
@@ -151,17 +174,19 @@ def test_end_error_is_the_known_one(scheme):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("scheme", [name for name in SCHEMES if name != "w4a16-u4"])
+@pytest.mark.parametrize("scheme", SCHEMES)
 def test_ptx_equals_its_portable_twin(scheme, gpu):
     """Every pair of codes through both decodes, bit for bit."""
-    x, scales, packed, _, _ = _operands(scheme, 64, 256, 4096, 128, torch.float32, "cpu")
+    dtype = torch.bfloat16 if "a16" in scheme else torch.float32
+    x, scales, packed, _, _ = _operands(scheme, 64, 256, 4096, 128, dtype, "cpu")
     move = torch.device(gpu.device)
     everything = torch.arange(256, dtype=torch.uint8).repeat(8)
     packed.data[0, :] = everything[: packed.data.shape[1]]
     run, packed = gpu.op("w4_gemm", "w4_gemm"), packed.to(move)
     outs = [
         run(
-            x.to(move), packed, out_dtype=torch.float32, x_scales=scales.to(move),
+            x.to(move), packed, out_dtype=torch.float32,
+            x_scales=None if scales is None else scales.to(move),
             config=GemmConfig(128, 64, 1, 4, 3, use_ptx),
         )
         for use_ptx in (False, True)

@@ -1,0 +1,195 @@
+"""Find the fastest launch of every four-bit GEMM on this device: `python tune_gemm.py -o DIR`.
+
+Candidates are compiled by a pool of processes first (the compiler's disk cache hands them over),
+then each is checked against the fp32 product and timed with cold weights. Writes DIR/DEVICE.json,
+the table `epd_kernels` ships, and DIR/DEVICE-sweep.csv with every candidate's time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import math
+import multiprocessing
+import os
+import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import astuple, fields, replace
+from itertools import product
+from pathlib import Path
+
+import torch
+from gemm_cases import SCHEMES, SHAPES, Case, activations, checked, weight_of
+from timing import Windows, graph_timing
+
+from epd_kernels.launch import GemmConfig, triton, tuned_name
+
+BUCKETS = (16, 32, 64, 128, 256, 640)
+SHORT = Windows(5, 3.0)
+
+
+def candidates(m: int, bits: int) -> list[GemmConfig]:
+    """The launches worth trying for `m` tokens; K is only split where tiles are few."""
+    if m <= 16:
+        tiles = [(64, 16, 4), (128, 16, 4), (128, 16, 8)]
+        grid = product(tiles, (1, 2, 4), (3, 4, 6))
+    elif m <= 32:
+        tiles = [(64, 32, 4), (128, 32, 4)]
+        grid = product(tiles, (1, 2, 4), (3, 4))
+    elif m <= 64:
+        tiles = [(64, 64, 4), (128, 64, 4), (128, 64, 8)]
+        grid = product(tiles, (1, 2, 4), (3, 4))
+    elif m <= 128:
+        tiles = [(64, 128, 4), (64, 64, 4), (128, 64, 4), (128, 128, 8)]
+        grid = product(tiles, (1, 2, 4), (3, 4))
+    else:
+        tiles = [(64, 128, 4), (128, 128, 8), (128, 64, 4), (128, 256, 8)]
+        grid = product(tiles, (1, 2) if m <= 256 else (1,), (3, 4))
+    found = [
+        GemmConfig(n, tokens, splits, warps, stages) for (n, tokens, warps), splits, stages in grid
+    ]
+    if bits == 16:
+        found = [c for c in found if c.block_n * c.block_m <= 64 * 128 and c.num_stages <= 4]
+    return found
+
+
+def compile_candidates(scheme: str, k: int, share: int, shares: int) -> int:
+    """Compile one share of a scheme's candidates at K = `k`; the count that compiled."""
+    seen: set[tuple[int, ...]] = set()
+    weight = torch.ones(64, k, dtype=torch.bfloat16, device="cuda")
+    case = Case(SCHEMES[scheme], weight, copies=1)
+    codes, scales = case.quantized(torch.ones(16, k, dtype=torch.bfloat16, device="cuda"))
+    for m in BUCKETS:
+        for config in candidates(m, 8 * codes.element_size()):
+            variant = (config.block_n, config.block_m, config.splits > 1, config.num_warps,
+                       config.num_stages)  # fmt: skip
+            if variant in seen:
+                continue
+            seen.add(variant)
+            if len(seen) % shares == share:
+                try:
+                    case.calls(codes, scales, config)[0]()
+                except Exception as error:
+                    print(f"{scheme} K={k} {variant}: {type(error).__name__}", flush=True)
+    torch.cuda.synchronize()
+    return len(seen) // shares
+
+
+def compile_all(schemes: list[str], widths: set[int], workers: int) -> None:
+    """Fill the compiler's disk cache with every candidate."""
+    shares = max(1, workers // 4)
+    jobs = list(product(schemes, sorted(widths), range(shares)))
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, mp_context=context) as pool:
+        waiting = [pool.submit(compile_candidates, s, k, i, shares) for s, k, i in jobs]
+        for future in as_completed(waiting):
+            future.result()
+
+
+def spelled(config: GemmConfig) -> str:
+    return "/".join(str(int(v)) for v in astuple(config))
+
+
+class Tuner:
+    """Times candidates and keeps the winners of one device."""
+
+    def __init__(self, directory: Path, deadline: float) -> None:
+        self._deadline = deadline
+        self._directory = directory
+        self._name = tuned_name(torch.device("cuda"))
+        self._kernels: dict[str, dict[str, dict[str, list[object]]]] = {}
+        self._sweep: list[list[object]] = []
+
+    def tune(self, case: Case, m: int) -> None:
+        """Try the candidates of one scheme, weight shape and token count."""
+        if time.monotonic() > self._deadline:
+            print(f"out of time before {case.scheme.name} {case.shape} M={m}")
+            return
+        codes, scales = case.quantized(activations(m, case.shape[1]))
+        expected = case.expected(codes, scales)
+        times: dict[GemmConfig, float] = {}
+        for config in candidates(m, 8 * codes.element_size()):
+            times[config] = self._time(case, codes, scales, expected, config)
+        if m <= 16:
+            early = replace(min(times, key=times.__getitem__), early=True)
+            times[early] = self._time(case, codes, scales, expected, early)
+        best = sorted(times, key=times.__getitem__)[:3]
+        shown = "  ".join(f"{times[c]:.1f}:{spelled(c)}" for c in best)
+        print(f"{case.scheme.name} {case.shape} M={m}  {shown}", flush=True)
+        if math.isinf(times[best[0]]):
+            return
+        shapes = self._kernels.setdefault(case.scheme.name, {})
+        by_tokens = shapes.setdefault("x".join(map(str, case.shape)), {})
+        by_tokens[str(m)] = list(astuple(best[0]))
+
+    def _time(
+        self, case: Case, codes: torch.Tensor, scales: torch.Tensor | None,
+        expected: torch.Tensor, config: GemmConfig,
+    ) -> float:  # fmt: skip
+        """Microseconds, infinity where the launch fails or its result is wrong."""
+        calls = case.calls(codes, scales, config)
+        micros = float("inf")
+        try:
+            found = f"{checked(calls[0], expected, f'{case.scheme.name} {config}'):.1e}"
+            micros = graph_timing(calls, SHORT).p50
+        except ArithmeticError as failure:
+            print(failure, flush=True)
+            found = "wrong"
+        except (
+            triton.runtime.errors.OutOfResources,
+            triton.CompilationError,
+            RuntimeError,
+        ) as failure:
+            found = type(failure).__name__
+        row = [case.scheme.name, *case.shape, len(codes), *astuple(config), f"{micros:.2f}", found]
+        self._sweep.append(row)
+        return micros
+
+    def write(self) -> Path:
+        """The table and the sweep, as files."""
+        self._directory.mkdir(parents=True, exist_ok=True)
+        path = self._directory / f"{self._name}.json"
+        table = {
+            "device": torch.cuda.get_device_name(),
+            "triton": triton.__version__,
+            "fields": [f.name for f in fields(GemmConfig)],
+            "gemm": self._kernels,
+        }
+        path.write_text(json.dumps(table, indent=1) + "\n")
+        with path.with_name(f"{self._name}-sweep.csv").open("w", newline="") as file:
+            writer = csv.writer(file)
+            names = [f.name for f in fields(GemmConfig)]
+            writer.writerow(["scheme", "N", "K", "M", *names, "p50_us", "error"])
+            writer.writerows(self._sweep)
+        return path
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("-o", "--output", type=Path, required=True)
+    parser.add_argument("--seconds", type=float, default=240, help="stop timing after this")
+    parser.add_argument("--compile-only", action="store_true", help="fill the compiler's cache")
+    parser.add_argument("--compiled", action="store_true", help="the compiler's cache is full")
+    parser.add_argument("--schemes", nargs="*", default=list(SCHEMES))
+    args = parser.parse_args()
+    began = time.monotonic()
+    if not args.compiled:
+        compile_all(args.schemes, {k for _, k in SHAPES}, min(os.cpu_count() or 1, 16))
+        print(f"compiled in {time.monotonic() - began:.0f} s", flush=True)
+    if args.compile_only:
+        return
+    tuner = Tuner(args.output, began + args.seconds)
+    try:
+        for n, k in SHAPES:
+            weight = weight_of(n, k)
+            for scheme in args.schemes:
+                case = Case(SCHEMES[scheme], weight)
+                for m in BUCKETS:
+                    tuner.tune(case, m)
+    finally:
+        print(f"{tuner.write()} after {time.monotonic() - began:.0f} s", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,100 @@
+"""From packed bytes to the operands of a matrix product, four bytes at a time.
+
+Each decoder has an inline-assembly form for the compiler and a portable twin, bit-equal to it, for
+the interpreter.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .launch import constant, jit, tl
+
+__all__ = ["operands"]
+
+# $2 holds four packed bytes; $0 and $1 receive their A and B operands
+_U4_PTX = constant("""
+    and.b32 $0, $2, 0x0F0F0F0F;
+    shr.u32 $1, $2, 4;
+    and.b32 $1, $1, 0x0F0F0F0F;
+""")
+_HI4_PTX = constant("""
+    and.b32 $0, $2, 0xF0F0F0F0;
+    shl.b32 $1, $2, 4;
+    and.b32 $1, $1, 0xF0F0F0F0;
+""")
+# a byte below the exponent of 128 is the bf16 number 128 + byte, and below that of 1024 in fp16
+_WIDE_PTX = """{
+    .reg .b32 low, high, centre;
+    mov.b32 centre, CENTRE;
+    and.b32 low, $4, 0x0F0F0F0F;
+    shr.u32 high, $4, 4;
+    and.b32 high, high, 0x0F0F0F0F;
+    prmt.b32 $0, low, EXPONENT, 0x4140;
+    prmt.b32 $1, low, EXPONENT, 0x4342;
+    prmt.b32 $2, high, EXPONENT, 0x4140;
+    prmt.b32 $3, high, EXPONENT, 0x4342;
+    sub.TYPE $0, $0, centre;
+    sub.TYPE $1, $1, centre;
+    sub.TYPE $2, $2, centre;
+    sub.TYPE $3, $3, centre;
+}"""
+
+
+def _wide_ptx(exponent: str, kind: str, centre: str) -> Any:
+    text = _WIDE_PTX.replace("EXPONENT", exponent).replace("TYPE", kind)
+    return constant(text.replace("CENTRE", centre))
+
+
+_BF16_PTX = _wide_ptx("0x43434343", "bf16x2", "0x43084308")
+_FP16_PTX = _wide_ptx("0x64646464", "f16x2", "0x64086408")
+_SM7_PTX = constant("""{
+    .reg .b32 magnitude, sign;
+    and.b32 $0, $2, 0x87878787;
+    shr.u32 magnitude, $2, 4;
+    and.b32 magnitude, magnitude, 0x07070707;
+    shl.b32 sign, $2, 4;
+    and.b32 sign, sign, 0x80808080;
+    or.b32 $1, magnitude, sign;
+}""")
+
+
+@jit
+def operands(
+    b_q: tl.tensor, FORMAT: tl.constexpr, dtype: tl.constexpr, USE_PTX: tl.constexpr
+) -> tl.tensor:
+    """The two matrix operands a block of bytes carries.
+
+    Where they are 16 or 32 bits wide they are codes, centred on 0. The PTX forms do four bytes per
+    instruction and are bit-equal to the portable ones.
+    """
+    bits: tl.constexpr = dtype.primitive_bitwidth
+    if USE_PTX and dtype == tl.bfloat16:
+        b_a, b_b = tl.inline_asm_elementwise(
+            _BF16_PTX, "=r,=r,=r,=r,r", [b_q], (tl.bfloat16, tl.bfloat16), is_pure=True, pack=4
+        )
+    elif USE_PTX and dtype == tl.float16:
+        b_a, b_b = tl.inline_asm_elementwise(
+            _FP16_PTX, "=r,=r,=r,=r,r", [b_q], (tl.float16, tl.float16), is_pure=True, pack=4
+        )
+    elif bits > 8:
+        b_a = ((b_q & 0x0F).to(tl.int8) - 8).to(dtype)
+        b_b = ((b_q >> 4).to(tl.int8) - 8).to(dtype)
+    elif USE_PTX:
+        other: tl.constexpr = _HI4_PTX if FORMAT == "hi4" else _U4_PTX
+        asm: tl.constexpr = _SM7_PTX if FORMAT == "sm7" else other
+        b_a, b_b = tl.inline_asm_elementwise(
+            asm, "=r,=r,r", [b_q], dtype=(tl.uint8, tl.uint8), is_pure=True, pack=4
+        )
+    elif FORMAT == "sm7":
+        b_a = b_q & 0x87
+        b_b = ((b_q >> 4) & 0x07) | ((b_q << 4) & 0x80)
+    elif FORMAT == "hi4":
+        b_a = b_q & 0xF0
+        b_b = b_q << 4
+    else:
+        b_a = b_q & 0x0F
+        b_b = b_q >> 4
+    if bits == 8:
+        b_a, b_b = b_a.to(dtype, bitcast=True), b_b.to(dtype, bitcast=True)
+    return b_a, b_b

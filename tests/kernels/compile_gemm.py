@@ -1,0 +1,71 @@
+"""Compile the four-bit GEMMs for sm_90 and print, as JSON, what their machine code is made of."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from itertools import product
+from typing import Any
+
+import torch
+from compile_for_hopper import build, describe
+
+from epd_kernels.launch import GemmConfig, gemm_config
+
+gemm = importlib.import_module("epd_kernels.w4_gemm")
+widen = importlib.import_module("epd_kernels.w4_dequant")
+
+WIDTH = 4096
+SCHEMES = {
+    "u4-bf16": ("u4", "bf16", 128),
+    "u4-fp8": ("u4", "fp8e4nv", 128),
+    "sm7-fp8": ("sm7", "fp8e4nv", 128),
+    "hi4-int8": ("hi4", "i8", 128),
+    "hi4-int8-row": ("hi4", "i8", WIDTH),
+}
+
+
+def widening(code: str) -> dict[str, Any]:
+    types = {"data": "*u8", "codes": "*fp8e4nv"}
+    types |= dict.fromkeys(("scales", "zeros", "row_scales"), "*fp32")
+    fixed = {"K": WIDTH, "GROUP": 128, "FORMAT": code, "BLOCK_N": widen._BLOCK_N, "ENCODE": False}
+    return describe(build(widen._dequantize_kernel, types, fixed, 4, 3, even=("N",)))
+
+
+def product_of(scheme: str, config: GemmConfig) -> dict[str, Any]:
+    """One GEMM, with the lane-instructions of its loop per weight."""
+    code, dtype, group = SCHEMES[scheme]
+    types = {"x": f"*{dtype}", "data": "*u8", "bias": "*bf16", "out": "*bf16", "unit": "fp32",
+             "arrivals": "*i32", "partial": "*i32" if group == WIDTH else "*fp32"}  # fmt: skip
+    types |= dict.fromkeys(("scales", "zeros", "sums", "x_scales"), "*fp32")
+    fixed = {
+        "K": WIDTH, "GROUP": group, "FORMAT": code, "SPLIT": config.splits > 1, "SCALED": True,
+        "BIASED": True, "TILED": False, "BLOCK_N": config.block_n, "BLOCK_M": config.block_m,
+        "BLOCK_J": 64, "STAGES": config.num_stages, "USE_PTX": True, "EARLY": config.early,
+        "ZEROS": scheme == "u4-fp8",
+    }  # fmt: skip
+    built = build(
+        gemm._w4_gemm_kernel, types, fixed, config.num_warps, config.num_stages,
+        even=("N", "stride_x"),
+    )  # fmt: skip
+    result = describe(built)
+    # one trip of the loop takes 128 inputs of each row
+    result["per_weight"] = result["loop"] * config.num_warps * 32 / (config.block_n * 128)
+    # the last wait of a loop body that loads scales by hand would stall on memory
+    result["loads"] = built.asm["ttgir"].split("scf.for")[1].split("scf.yield")[0].count("tt.load")
+    return result
+
+
+def all_gemms() -> dict[str, dict[str, Any]]:
+    found = {f"dequantize-{code}": widening(code) for code in ("u4", "sm7")}
+    for scheme, tokens in product(SCHEMES, (16, 64, 128)):
+        bits = 16 if "bf16" in scheme else 8
+        config = gemm_config(torch.device("cpu"), M=tokens, N=WIDTH, K=WIDTH, bits=bits)
+        found[f"{scheme}-{tokens}"] = product_of(scheme, config)
+    split = GemmConfig(64, 16, 4, 4, 4, early=True)
+    return found | {"split-early": product_of("sm7-fp8", split)}
+
+
+if __name__ == "__main__":
+    json.dump(all_gemms(), sys.stdout)

@@ -1,0 +1,71 @@
+"""Four-bit GEMMs compile for compute capability 9.0 onto the instructions meant for them."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from epd_kernels.launch import triton
+
+CHILD = Path(__file__).with_name("compile_gemm.py")
+KINDS = {
+    "u4-bf16": "bf16", "u4-fp8": "e4m3", "sm7-fp8": "e4m3", "hi4-int8": "s8", "hi4-int8-row": "s8",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    if triton is None:
+        pytest.skip("Triton is not installed")
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
+    done = subprocess.run([sys.executable, CHILD], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_nothing_spills(compiled):
+    assert {name: r["spills"] for name, r in compiled.items() if r["spills"]} == {}
+
+
+@pytest.mark.parametrize("tokens", [16, 64, 128])
+@pytest.mark.parametrize("scheme", KINDS)
+def test_products_run_on_wgmma_of_their_type(compiled, scheme, tokens):
+    """Even 16 tokens: weights are the wide operand. Nothing is widened to another type."""
+    result = compiled[f"{scheme}-{tokens}"]
+    assert not result["mma"]
+    assert set(result["wgmma"]) == {KINDS[scheme]}
+
+
+@pytest.mark.parametrize("tokens", [16, 64, 128])
+@pytest.mark.parametrize("scheme", KINDS)
+def test_the_loop_waits_for_no_plain_load(compiled, scheme, tokens):
+    """Weights, activations, scales and sums all travel ahead of their use."""
+    assert compiled[f"{scheme}-{tokens}"]["loads"] == 0
+
+
+@pytest.mark.parametrize(
+    ("scheme", "tokens", "limit"),
+    [
+        ("sm7-fp8", 16, 1.7),
+        ("sm7-fp8", 64, 2.2),
+        ("u4-fp8", 16, 1.8),
+        ("u4-fp8", 64, 3.3),
+        ("hi4-int8", 16, 1.6),
+        ("hi4-int8", 64, 2.5),
+        ("hi4-int8-row", 16, 1.2),
+        ("hi4-int8-row", 64, 1.4),
+    ],
+)
+def test_instructions_per_weight(compiled, scheme, tokens, limit):
+    """Decode issues well under the 3.9 lane-instructions per weight that full bandwidth allows."""
+    assert 0.5 < compiled[f"{scheme}-{tokens}"]["per_weight"] < limit
+
+
+def test_split_products_can_start_early(compiled):
+    assert compiled["split-early"]["wgmma"] == {"e4m3": 4}
