@@ -1,0 +1,1 @@
+"""Stage balance: how many workers encode, prefill and decode, decided from what is measured."""

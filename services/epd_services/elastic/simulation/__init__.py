@@ -1,0 +1,1 @@
+"""A discrete-event simulation of the pipeline, to try balancers on hours of load in seconds."""
