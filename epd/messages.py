@@ -200,6 +200,7 @@ class WorkerStats(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     handoff_bytes: Count = 0
     frames_rejected: Count = 0
     resident_bytes: Count = 0
+    kv_fallbacks: Count = 0
 
 
 class Heartbeat(Message, frozen=True, kw_only=True):

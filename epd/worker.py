@@ -195,6 +195,7 @@ class Worker:
             handoff_bytes=self._handoff_bytes,
             frames_rejected=self._node.rejected.total(),
             resident_bytes=self._loader.resident_bytes,
+            kv_fallbacks=core.kv_fallbacks if core else 0,
         )
 
     async def run(self) -> None:

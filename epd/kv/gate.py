@@ -26,7 +26,15 @@ if TYPE_CHECKING:
     from epd.models.card import ModelCard
     from epd.models.decoder import Decoder
 
-__all__ = ["LIMIT", "SAMPLE_FILE", "LayerCheck", "check_layers", "choose_formats", "coded"]
+__all__ = [
+    "LIMIT",
+    "SAMPLE_FILE",
+    "SAMPLE_TOKENS",
+    "LayerCheck",
+    "check_layers",
+    "choose_formats",
+    "coded",
+]
 
 SAMPLE_FILE = "kv_sample.safetensors"
 SAMPLE_TOKENS = 256

@@ -14,15 +14,16 @@ from typing import TYPE_CHECKING
 import torch
 from torch.nn import functional
 
+from epd.kv.gate import coded
 from epd.models.files import problem
 from epd.models.rope import inverse_frequencies, rope_angles
 from epd.models.text_config import DecoderConfig
-from epd_kernels import apply_rope, rms_norm, silu_mul
+from epd_kernels import KVFormat, apply_rope, rms_norm, silu_mul
 
 if TYPE_CHECKING:
     from epd.models.checkpoint import Checkpoint
 
-__all__ = ["POINTS", "Block", "Linear", "Sequences", "hadamard"]
+__all__ = ["POINTS", "Block", "Linear", "Sequences", "attend", "hadamard"]
 
 POINTS = {
     "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
@@ -63,10 +64,16 @@ class Sequences:
 
 @dataclass(slots=True, eq=False)
 class Block:
-    """fp32 tensors of one layer by their names inside it, such as `mlp.up_proj.weight`."""
+    """fp32 tensors of one layer by their names inside it, such as `mlp.up_proj.weight`.
+
+    With `kv` its attention sees keys and values as codes would hold them; `kv_factors [Hkv, D]`
+    multiply the keys before that.
+    """
 
     config: DecoderConfig
     tensors: dict[str, torch.Tensor]
+    kv: KVFormat | None = None
+    kv_factors: torch.Tensor | None = None
 
     @classmethod
     def load(cls, checkpoint: Checkpoint, config: DecoderConfig, index: int) -> Block:
@@ -89,7 +96,7 @@ class Block:
 
     def copy(self) -> Block:
         """One whose tensors may be scaled without touching these."""
-        return Block(self.config, dict(self.tensors))
+        return Block(self.config, dict(self.tensors), self.kv, self.kv_factors)
 
     def weight(self, point: str) -> torch.Tensor:
         """`[N, K]` of a point, the rows of its layers joined."""
@@ -138,7 +145,10 @@ class Block:
             return self._attend(y, sequences)
         return silu_mul(y) if point == "gate_up" else y
 
-    def _attend(self, qkv: torch.Tensor, sequences: Sequences) -> torch.Tensor:
+    def queries_keys_values(
+        self, qkv: torch.Tensor, sequences: Sequences
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Rotated queries and keys, and values, `[T, heads, D]` of a joined projection."""
         config = self.config
         heads = (config.num_heads, config.num_kv_heads, config.num_kv_heads)
         q, k, v = torch.split(qkv.view(len(qkv), -1, config.head_dim), list(heads), dim=1)
@@ -148,14 +158,13 @@ class Block:
         positions = torch.cat([torch.arange(length) for length in sequences.lengths])
         frequency = inverse_frequencies(config.rope, config.head_dim)
         q, k = apply_rope(q, k, *rope_angles(positions, frequency, q.dtype))
-        out = []
-        for start, stop in sequences.bounds():
-            one, two, three = (t[start:stop].transpose(0, 1)[None] for t in (q, k, v))
-            attended = functional.scaled_dot_product_attention(
-                one, two, three, is_causal=True, enable_gqa=heads[0] != heads[1]
-            )
-            out.append(attended[0].transpose(0, 1).flatten(1))
-        return torch.cat(out)
+        return q, k, v
+
+    def _attend(self, qkv: torch.Tensor, sequences: Sequences) -> torch.Tensor:
+        q, k, v = self.queries_keys_values(qkv, sequences)
+        if self.kv is not None:
+            k, v = coded(k, v, self.kv, self.kv_factors)
+        return attend(q, k, v, sequences)
 
     def scale_inputs(self, point: str, factors: torch.Tensor) -> None:
         """Multiply columns of the point by `factors [K]` and divide what produces its input.
@@ -208,3 +217,15 @@ def hadamard(size: int) -> torch.Tensor:
     while len(matrix) < size:
         matrix = torch.cat((torch.cat((matrix, matrix), 1), torch.cat((matrix, -matrix), 1)))
     return matrix / math.sqrt(size)
+
+
+def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sequences: Sequences) -> torch.Tensor:
+    """`[T, H * D]`: causal attention within each sequence."""
+    out = []
+    for start, stop in sequences.bounds():
+        one, two, three = (t[start:stop].transpose(0, 1)[None] for t in (q, k, v))
+        attended = functional.scaled_dot_product_attention(
+            one, two, three, is_causal=True, enable_gqa=q.shape[1] != k.shape[1]
+        )
+        out.append(attended[0].transpose(0, 1).flatten(1))
+    return torch.cat(out)

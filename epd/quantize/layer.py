@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn import functional
 
+from epd.kv.formats import KV_PLAIN
 from epd.models.layouts.own import tensors_of
 from epd.quantize.block import POINTS, Block, Sequences
+from epd.quantize.keys import scale_keys
 from epd.quantize.rounding import (
     compensated,
     fit_grid,
@@ -21,6 +23,7 @@ from epd.quantize.smoothing import candidates, search
 from epd_kernels import (
     Fp8Linear,
     Fp8Weight,
+    KVFormat,
     QuantLinear,
     QuantWeight,
     Scheme,
@@ -58,21 +61,33 @@ def quantize_layer(
     wanted = block.forward(hidden, sequences)
     report: dict[str, Any] = {}
     nearest = {point: _round_nearest(block.weight(point), options) for point in POINTS}
+    block = block.copy()
+    block.kv = None if options.kv == KV_PLAIN else KVFormat(options.kv)
     plain = rounding = _Rounding(block, nearest, options)
     baseline = result = block.forward(hidden, sequences, plain.linear)
-    if not options.nearest and options.scheme != "fp8":
-        block = block.copy()
+    if not options.nearest:
+        block, target = block.copy(), block.kv
+        block.kv = None
         if options.rotate:
             block.rotate_values()
-        inputs = block.inputs(hidden, sequences)
-        report["smoothing"] = _smooth(block, inputs, sequences, options)
+        if target is KVFormat.INT4:
+            few = sequences.first(options.search_tokens)
+            x = block.norm("qkv", hidden[: sum(few.lengths)])
+            report["kv"] = scale_keys(block, x, few, target)
+        if options.scheme != "fp8":
+            inputs = block.inputs(hidden, sequences)
+            report["smoothing"] = _smooth(block, inputs, sequences, options)
+        block.kv = target
         rounding = _Rounding(block, {}, options)
         result = block.forward(hidden, sequences, rounding.linear)
     report["output_error_nearest"] = _relative(baseline - wanted, wanted)
     report["output_error"] = _relative(result - wanted, wanted)
     report["tensor_scales"] = rounding.tensor_scales
     report["layers"] = _layer_errors(plain, rounding)
-    return LayerResult(_tensors(block, rounding.weights), report, result)
+    tensors = _tensors(block, rounding.weights)
+    if block.kv_factors is not None:
+        tensors["self_attn.kv_factors"] = block.kv_factors.contiguous()
+    return LayerResult(tensors, report, result)
 
 
 def _relative(difference: torch.Tensor, whole: torch.Tensor) -> float:
@@ -151,6 +166,8 @@ class _Rounding:
 
     def _round(self, point: str, gram: torch.Tensor, tokens: int) -> Rounded:
         weight, options = self.block.weight(point), self._options
+        if options.scheme == "fp8":
+            return quantize_weight_fp8(weight)
         size, symmetric = options.group_size or weight.shape[1], options.scheme != "w4a16"
         importance = gram.diagonal() / tokens
         grid = fit_grid(weight, size, symmetric=symmetric, importance=importance)

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from epd.errors import ConfigError
+from epd.kv.formats import KV_CODED, KV_PLAIN
 from epd.models.text_config import DecoderConfig
 
 __all__ = ["SCHEMES", "QuantizeOptions"]
@@ -23,7 +24,8 @@ class QuantizeOptions:
     `group_size` inputs share a scale: 32, 64, 128, 0 for one scale per row, None for the largest
     that divides every layer. `nearest` rounds to nearest with nothing before it: the baseline.
     `rotate` applies a Hadamard rotation to the values of each head. `search_tokens` bounds what
-    smoothing is searched on, `steps` how many candidates it tries.
+    smoothing is searched on, `steps` how many candidates it tries. `kv` is how keys and values
+    will be held: bf16 (plain), fp8 or int4; for int4, keys are scaled first unless `nearest`.
     """
 
     scheme: str
@@ -32,6 +34,7 @@ class QuantizeOptions:
     rotate: bool = False
     steps: int = 20
     search_tokens: int = 2048
+    kv: str = KV_PLAIN
 
     def __post_init__(self) -> None:
         if self.scheme not in SCHEMES:
@@ -44,6 +47,11 @@ class QuantizeOptions:
                 f"A group size of {self.group_size} is not supported.\n"
                 "The kernels share a scale among 32, 64 or 128 inputs, or a whole row.\n"
                 "Choose 32, 64, 128, or 0 for one scale per row."
+            )
+        if self.kv not in (KV_PLAIN, *KV_CODED):
+            raise ConfigError(
+                f"Unknown KV format {self.kv[:60]!r}.\nKeys and values are plain or coded.\n"
+                f"Choose one of {', '.join((KV_PLAIN, *KV_CODED))}."
             )
         if self.steps < 2 or self.search_tokens < 1:
             raise ConfigError("Nothing to search.\nsteps and search_tokens are too small.\n"

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from epd.errors import ConfigError
+from epd.kv.formats import KV_PLAIN
 from epd.models.card import ModelCard
 from epd.models.checkpoint import Checkpoint, canonical_name
 from epd.models.files import TensorEntry, read_header
@@ -78,6 +79,8 @@ def quantize_model(
         _layers(card, workspace, options, calibration, advance)
         report = {**plan, "tokens": len(calibration.hidden), "layers": workspace.reports()}
         _complete(card, workspace, options, report)
+        if options.kv != KV_PLAIN:
+            workspace.save_sample(calibration.hidden[: calibration.sequences.lengths[0]])
         workspace.publish()
     return report
 
@@ -129,7 +132,7 @@ def _complete(
     section = {
         "quant_method": "epd", "format_version": FORMAT_VERSION, "scheme": options.stored_scheme,
         "bits": 8 if options.scheme == "fp8" else 4, "group_size": options.group_size,
-        "rounding": "half-even", "made_with": options.described(),
+        "kv": options.kv, "rounding": "half-even", "made_with": options.described(),
     }  # fmt: skip
     config = json.loads((card.path / "config.json").read_text(encoding="utf-8"))
     config.setdefault("dtype", card.dtype)

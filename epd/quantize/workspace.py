@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors.torch import load_file, save_file
 
 from epd.errors import ConfigError
+from epd.kv.gate import SAMPLE_FILE, SAMPLE_TOKENS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -97,6 +98,10 @@ class Workspace:
         """The reports of finished layers."""
         files = [self._scratch / f"layer-{index}.json" for index in range(self.finished())]
         return [json.loads(file.read_text(encoding="utf-8")) for file in files]
+
+    def save_sample(self, hidden: torch.Tensor) -> None:
+        """What the check of coded KV at load looks at: hidden states of one sequence."""
+        self._save(self.model / SAMPLE_FILE, {"hidden": hidden[:SAMPLE_TOKENS].contiguous()})
 
     def write_json(self, name: str, value: Mapping[str, Any]) -> None:
         """A file of the finished checkpoint."""

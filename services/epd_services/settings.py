@@ -88,10 +88,19 @@ class Settings(GatewaySettings):
     max_model_len: int | None = Field(None, ge=16)
     prefix_cache: bool = True
     chunked_prefill: bool = True
+    kv: Literal["auto", "bf16", "fp8", "int4"] = Field(
+        "auto", description="keys and values in the model's dtype, 8 or 4 bits; auto: as quantised"
+    )
     layer_pruning: str | None = Field(
         None, description="prune inside the decoder: adaptinfer[:LAYERS]"
     )
 
+    elastic: bool = Field(
+        False, description="move workers between the stages as the load asks for it"
+    )
+    elastic_drain_seconds: float = Field(
+        5.0, ge=0, description="drain limit of a switch that the elastic controller starts"
+    )
     warm_bytes: int = Field(
         2048 * MiB, ge=0, description="host memory of each worker for weights its role does not use"
     )

@@ -54,6 +54,7 @@ Topology = Annotated[
 ]
 Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 Dtype = Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16.")]
+KV = Annotated[str | None, typer.Option("--kv", help="Keys and values: bf16, fp8, int4 or auto.")]
 
 
 def _lazy(module: str, name: str) -> Callable[..., Any]:
@@ -78,6 +79,8 @@ def serve(
     run_dir: Annotated[Path | None, typer.Option(help="Where sockets and logs go.")] = None,
     device: Device = None,
     dtype: Dtype = None,
+    kv: KV = None,
+    elastic: Annotated[bool | None, typer.Option(help="Let the load move the stages.")] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of a worker.")] = None,
     cache_url: Annotated[
         str | None, typer.Option(help="redis://…, unix://… or memory://; none: a private server.")
@@ -107,6 +110,7 @@ def worker(
     gateway_address: Annotated[str | None, typer.Option(help="The gateway's inbox.")] = None,
     device: Device = None,
     dtype: Dtype = None,
+    kv: KV = None,
     config: Config = None,
 ) -> None:
     """Run one worker. Everything can come from EPD_… variables, as in a container."""
@@ -114,7 +118,7 @@ def worker(
 
     stages = parse_stages(roles)
     flags = {"model": model, "bind": bind, "advertise": advertise, "device": device,
-             "dtype": dtype, "gateway_address": gateway_address}  # fmt: skip
+             "dtype": dtype, "kv": kv, "gateway_address": gateway_address}  # fmt: skip
     settings, _ = _lazy("settings", "load_settings")(config, **flags)
     given = name or f"{format_stages(stages).lower()}-{os.uname().nodename}"[:64]
     _exit(_lazy("worker_process", "run_worker")(settings, given, stages))
@@ -308,6 +312,7 @@ def calibrate(
 def quantize(
     out: Annotated[Path, typer.Option("-o", "--out", help="A directory that is not there yet.")],
     scheme: Annotated[str, typer.Option(help="w4a16, qqq, fireq or fp8.")],
+    kv: Annotated[str, typer.Option("--kv", help="Keys and values: bf16, fp8 or int4.")] = "bf16",
     model: Annotated[
         str | None, typer.Argument(help="Directory or hub id; none: the built-in model.")
     ] = None,
@@ -315,16 +320,14 @@ def quantize(
         str, typer.Option(help="scenes, or a directory of pictures and .txt questions.")
     ] = "scenes",
     samples: Annotated[int, typer.Option(min=1, max=4096)] = 64,
-    group_size: Annotated[
-        int | None, typer.Option(help="32, 64, 128, 0 for whole rows; none: the largest possible.")
-    ] = None,
+    group_size: Annotated[int | None, typer.Option(help="32, 64, 128; 0: whole rows.")] = None,
     nearest: Annotated[bool, typer.Option("--nearest", help="Only round: the baseline.")] = False,
     rotate: Annotated[bool, typer.Option("--rotate", help="Hadamard-rotate the values.")] = False,
 ) -> None:
     """Quantise the language layers of a model; started again, it goes on where it was stopped."""
     _exit(_lazy("cli.quantize", "quantize")(
         model, out, scheme=scheme, calib=calib, samples=samples, group_size=group_size,
-        nearest=nearest, rotate=rotate,
+        nearest=nearest, rotate=rotate, kv=kv,
     ))  # fmt: skip
 
 

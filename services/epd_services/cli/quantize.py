@@ -17,10 +17,12 @@ __all__ = ["quantize"]
 
 def quantize(
     model: str | None, out: Path, *, scheme: str, calib: str, samples: int,
-    group_size: int | None, nearest: bool, rotate: bool,
+    group_size: int | None, nearest: bool, rotate: bool, kv: str = "bf16",
 ) -> int:  # fmt: skip
     """0, once the quantised checkpoint is at `out`; raises `EPDError` for what cannot be done."""
-    options = QuantizeOptions(scheme=scheme, group_size=group_size, nearest=nearest, rotate=rotate)
+    options = QuantizeOptions(
+        scheme=scheme, group_size=group_size, nearest=nearest, rotate=rotate, kv=kv
+    )
     from epd.demo import CHECKPOINT
     from epd.models.card import ModelCard
     from epd.quantize.run import REPORT, calibration_samples, quantize_model
