@@ -122,8 +122,13 @@ class ModelLoader:
             self._selector = TokenSelector(self._have(_QUERIES).value)
         self._check_pruning()
 
+    def import_models(self) -> None:
+        """Import all that any part takes: seconds that a switch would have to wait for."""
+        if _ENCODER not in self._loaded:
+            VisionEncoder(self._card, "meta", torch.float32)
+
     def warm_up(self) -> int:
-        """Put everything a later role may need into host memory, as far as it fits; bytes held."""
+        """Put what a later role may need into host memory, as far as it surely fits; bytes held."""
         for name in (_DECODER, _ENCODER):
             with self._turn, torch.no_grad():
                 self._warm(name)
@@ -131,8 +136,10 @@ class ModelLoader:
 
     def _warm(self, name: str) -> None:
         component = self._loaded.get(name)
-        if component is None and not self.warm.rests(name) and self.warm.limit > self.warm.used:
-            self.warm.keep(self._make(name))
+        if component is None and not self.warm.rests(name):
+            files = sum(file.stat().st_size for file in self._card.path.glob("*.safetensors"))
+            if self.warm.used + files <= self.warm.limit:
+                self.warm.keep(self._make(name))
         elif component is not None and self._device.startswith("cuda"):
             self.warm.prepare(component)
 

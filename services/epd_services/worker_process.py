@@ -82,6 +82,7 @@ async def _serve(settings: Settings, name: str, stages: StageSet) -> int:
     device = resolve_device(settings.device)
     loader = _loader(settings, card)
     loader.load(stages)
+    loader.import_models()
     transport = ZmqTransport(settings.bind, keyed=key is not None)
     cache = open_cache(
         settings.cache_url,
@@ -103,7 +104,7 @@ async def _serve(settings: Settings, name: str, stages: StageSet) -> int:
     )
     _log.info("ready", stages=format_stages(stages), resident_bytes=loader.resident_bytes)
     serving = asyncio.create_task(worker.run())
-    warming = asyncio.create_task(_warm_up(loader, device))
+    warming = asyncio.create_task(_warm_up(loader))
     sign = asyncio.create_task(_show_life(settings.health_file))
     if await ended_before_stop(serving):
         _log.error("a stage broke", error=repr(serving.exception())[:200])
@@ -118,10 +119,8 @@ async def _serve(settings: Settings, name: str, stages: StageSet) -> int:
     return 0
 
 
-async def _warm_up(loader: ModelLoader, device: str) -> None:
-    """On a GPU, have the weights of other roles in pinned memory before anybody asks for them."""
-    if not device.startswith("cuda"):
-        return
+async def _warm_up(loader: ModelLoader) -> None:
+    """Have the weights of other roles in host memory before anybody asks for them."""
     try:
         held = await asyncio.to_thread(loader.warm_up)
     except (EPDError, RuntimeError) as error:

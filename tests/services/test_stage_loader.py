@@ -125,6 +125,21 @@ def test_weights_at_rest_stay_within_the_limit(card: ModelCard) -> None:
     assert loader.read == ["encoder", "decoder", "decoder"]
 
 
+def test_warming_up_reads_what_other_roles_need_ahead_of_any_switch(card: ModelCard) -> None:
+    loader = Counting(card, 1 << 30)
+    loader.load(parse_stages("D"))
+    held = loader.resident_bytes
+    loader.import_models()
+    assert loader.warm_up() > 0
+    assert (loader.read, loader.resident_bytes) == (["decoder", "encoder"], held)
+    loader.unload(parse_stages("E"))
+    loader.load(parse_stages("E"))
+    assert loader.read == ["decoder", "encoder"]
+    small = Counting(card, 1 << 20)
+    small.load(parse_stages("D"))
+    assert (small.warm_up(), small.read) == (0, ["decoder"])
+
+
 def test_a_failed_load_leaves_the_way_back_open(card: ModelCard) -> None:
     loader = Counting(card)
     loader.load(parse_stages("PD"))
