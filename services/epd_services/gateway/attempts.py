@@ -47,7 +47,7 @@ class Attempts:
     """The records in flight, and everything that moves one on.
 
     `on_unreachable` is told the name of a worker whose queue took no more. `moved` counts the
-    running answers that were sent from each worker to a peer.
+    running answers that were sent from each worker to a peer. `on_start` is told every new record.
     """
 
     def __init__(
@@ -63,6 +63,7 @@ class Attempts:
         self.records: dict[str, Record] = {}
         self.counters: Counter[str] = Counter()
         self.moved: Counter[str] = Counter()
+        self.on_start: Callable[[Record], None] = lambda _: None
         self.encoder_key = ("", "")
         self.router = Router(membership)
         self._node = node
@@ -76,6 +77,7 @@ class Attempts:
     def start(self, record: Record) -> None:
         """Enter a record and send out its first attempt."""
         self.records[record.request_id] = record
+        self.on_start(record)
         self._spawn(record, self._begin(record))
         left = self._left(record)
         asyncio.get_running_loop().call_later(left, self.expire, record)

@@ -88,6 +88,16 @@ class PipelineDispatcher:
         return self._attempts.counters
 
     @property
+    def attempts(self) -> Attempts:
+        """The requests in flight."""
+        return self._attempts
+
+    @property
+    def membership(self) -> Membership:
+        """The live workers."""
+        return self._membership
+
+    @property
     def cache(self) -> TokenCache | None:
         """The token cache that all workers share, if they do."""
         return self._cache

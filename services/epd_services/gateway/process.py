@@ -23,6 +23,8 @@ from epd.node import GATEWAY, Identity, Node
 from epd.transport import ZmqTransport
 from epd.wire import Codec
 from epd_services.admin.server import admin_server
+from epd_services.elastic.controller import Controller
+from epd_services.elastic.live import ElasticLoop, running
 from epd_services.gateway.app import create_app
 from epd_services.gateway.dispatcher import DispatchLimits, PipelineDispatcher
 from epd_services.gateway.server import server_config
@@ -72,8 +74,28 @@ async def _serve(settings: Settings) -> int:
             timeout_graceful_shutdown=graceful,
         )
     )
-    async with admin_server(settings, dispatcher):
+    async with admin_server(settings, dispatcher), _elastic(settings, dispatcher):
         return await _until_stopped(server, dispatcher)
+
+
+def _elastic(
+    settings: Settings, dispatcher: PipelineDispatcher
+) -> contextlib.AbstractAsyncContextManager[None]:
+    """The elastic controller at work while entered, if it is asked for."""
+    if not settings.elastic:
+        return contextlib.nullcontext()
+    attempts = dispatcher.attempts
+    loop = ElasticLoop(
+        Controller(),
+        dispatcher.roles,
+        dispatcher.membership,
+        attempts.records,
+        clock=time.monotonic,
+        max_num_seqs=settings.max_num_seqs,
+        drain_seconds=settings.elastic_drain_seconds,
+    )
+    attempts.on_start = loop.started
+    return running(loop)
 
 
 async def _until_stopped(server: uvicorn.Server, dispatcher: PipelineDispatcher) -> int:
