@@ -135,9 +135,9 @@ class LayerStages:
         pieces = [piece for chunk in chunks for piece in _pieces(chunk)]
         count = len(self._pruner.schedule.layers)
         spans = [self._spans(pieces, stage) for stage in range(count)]
-        tables = send(np.array(spans, np.int32), device)
+        tables = np.array([[(*one, 0, 0) for one in mine] for mine in spans], np.int32)
         stages: list[_Stage | None] = []
-        for stage, (mine, table) in enumerate(zip(spans, tables, strict=True)):
+        for stage, (mine, table) in enumerate(zip(spans, send(tables, device), strict=True)):
             vision = tuple(piece.vision - piece.gone(stage) for piece in pieces)
             num_rows = sum(piece.length - piece.gone(stage + 1) for piece in pieces)
             idle = num_rows == mine[-1].stop

@@ -29,18 +29,19 @@ __all__ = ["INTERPRETED", "AttentionConfig", "DeviceFacts", "GemmConfig", "atten
            "gemm_config", "jit", "next_power_of_2", "previous_power_of_2", "row_warps", "tl",
            "triton", "tuned_name"]  # fmt: skip
 
+_VARYING = {"M", "num_keys", "num_queries", "num_splits", "num_weights"}
 INTERPRETED = triton is not None and bool(triton.knobs.runtime.interpret)
 
 
 def jit(kernel: Callable[..., Any]) -> Any:
     """The compiled (or interpreted) kernel; the function itself on a host without Triton.
 
-    A parameter called M or num_splits varies from step to step: no variant is compiled for its
-    value.
+    The parameters named in `_VARYING` vary from step to step: no variant is compiled for their
+    values.
     """
     if triton is None:
         return kernel
-    varying = {"M", "num_splits"} & inspect.signature(kernel).parameters.keys()
+    varying = _VARYING & inspect.signature(kernel).parameters.keys()
     return triton.jit(kernel, do_not_specialize=sorted(varying))
 
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 __all__ = ["keep_rows", "keep_rows_ref"]
 
-_WIDTH = constant(6)
+_WIDTH = constant(8)
 
 
 def keep_rows(

@@ -29,7 +29,7 @@ __all__ = ["Span", "Spans", "received_and_given", "received_and_given_ref", "row
 
 _LOG2_E = constant(1.4426950408889634)
 _LN_2 = constant(0.6931471805599453)
-_WIDTH = constant(6)
+_WIDTH = constant(8)
 # rows and columns of a tile of A, and its warps: one shape for all, so no batch changes rounding
 TILE = (16, 16, 4) if INTERPRETED else (64, 64, 4)
 _PARTS = 8
@@ -51,7 +51,10 @@ class Span(NamedTuple):
 
 @dataclass(frozen=True)
 class Spans:
-    """The prompts of a batch, known to the host, and the same as an int32 table [S, 6]."""
+    """The prompts of a batch, known to the host, and the same as an int32 table [S, 8].
+
+    The table's last two columns mean nothing: with them every table begins at a multiple of 32.
+    """
 
     spans: tuple[Span, ...]
     table: torch.Tensor
@@ -59,7 +62,7 @@ class Spans:
     @classmethod
     def of(cls, spans: tuple[Span, ...], device: torch.device | str) -> Spans:
         """`spans` with their table on `device`."""
-        table = torch.tensor(spans, dtype=torch.int32).view(-1, len(Span._fields))
+        table = torch.tensor([(*span, 0, 0) for span in spans], dtype=torch.int32)
         return cls(spans, table.to(device))
 
     @cached_property
@@ -257,11 +260,14 @@ def _prior_kernel(
 def _columns_kernel(
     q: tl.tensor, k: tl.tensor, table: tl.tensor, lse: tl.tensor, weights: tl.tensor,
     parts: tl.tensor, scale_log2: tl.tensor, q_stride_t: tl.tensor, q_stride_h: tl.tensor,
-    k_stride_t: tl.tensor, k_stride_h: tl.tensor, w_stride_h: tl.tensor, w_stride_t: tl.tensor,
+    k_stride_t: tl.tensor, k_stride_h: tl.tensor, num_weights: tl.tensor, w_stride_t: tl.tensor,
     num_queries: tl.tensor, num_keys: tl.tensor, HEADS: tl.constexpr, GROUP: tl.constexpr,
     D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ) -> None:  # fmt: skip
-    """BLOCK_N columns of one prompt and HEADS of the heads per program."""
+    """BLOCK_N columns of one prompt and HEADS of the heads per program.
+
+    `num_weights` lie between the weights of two heads: none where all heads share them.
+    """
     i_n, i_p, i_s = tl.program_id(0) * BLOCK_N, tl.program_id(1), tl.program_id(2)
     query = tl.load(table + i_s * _WIDTH)
     votes = tl.load(table + i_s * _WIDTH + 1)
@@ -278,7 +284,7 @@ def _columns_kernel(
                 o_q = query + o_m
                 b_q = _load_rows(q + i_h * q_stride_h, o_q, m_m, q_stride_t, D, BLOCK_D)
                 b_lse = tl.load(lse + i_h * num_queries + o_q, m_m, 0.0)
-                b_w = tl.load(weights + i_h * w_stride_h + o_q * w_stride_t, m_m, 0.0)
+                b_w = tl.load(weights + i_h * num_weights + o_q * w_stride_t, m_m, 0.0)
                 b_acc += _map_tile(b_q, b_k, b_lse, scale_log2) * b_w[:, None]
         tl.store(parts + i_p.to(tl.int64) * num_keys + o_n, tl.sum(b_acc, axis=0), m_n)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from typing import Any, Literal
 
 from epd_pruning.errors import PruningError
@@ -121,6 +122,7 @@ def _whole(value: object) -> int:
     return value
 
 
+@lru_cache(maxsize=1024)  # a few sizes of images, asked for by every request
 def fit_average(
     layers: tuple[int, ...],
     shares: tuple[float, ...],
