@@ -139,6 +139,8 @@ class CoreLoop:
     async def stop(self) -> None:
         """Wait for the step under way and end the compute thread; `run` must be cancelled."""
         await asyncio.to_thread(self._thread.shutdown)
+        self.on_offer = lambda _: None
+        self.before_turn.clear()
 
     def reset(self) -> None:
         """Forget every request."""

@@ -148,7 +148,11 @@ class EncodeStage:
                 self._host.emit(Returned(request_id=request_id, attempt=attempt, items=[item]))
 
     async def stop(self) -> None:
-        """Forget everything and end the compute thread; `run` must be cancelled."""
+        """Report what is handed over, forget the rest, end the compute thread; `run` must be
+        cancelled.
+        """
+        for transfer in self._transfers.values():
+            self._host.emit(transfer.report)
         self.reset()
         await self._flight.close()
         await asyncio.to_thread(self._thread.shutdown)

@@ -87,15 +87,17 @@ class ModelLoader:
 
     def _unload(self, stages: StageSet) -> None:
         needed = _needs(stages)
-        dropped = [name for name in (_QUERIES, _ENCODER, _DECODER) if name not in needed]
+        dropped = [
+            n for n in (_QUERIES, _ENCODER, _DECODER) if n in self._loaded and n not in needed
+        ]
+        freed = sum(self._loaded[name].num_bytes for name in dropped)
         if _QUERIES in dropped:
             self._selector = None
         if _DECODER in dropped:
             self._core = None
         for name in dropped:
-            if component := self._loaded.pop(name, None):
-                self._rest(component)
-        if self._device.startswith("cuda"):
+            self._rest(self._loaded.pop(name))
+        if freed and self._device.startswith("cuda"):
             gc.collect()
             torch.cuda.empty_cache()
 

@@ -6,7 +6,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import random
+import weakref
 from collections import Counter
 from collections.abc import Coroutine
 from typing import Any
@@ -185,6 +187,25 @@ def test_with_nowhere_to_go_an_answer_ends_where_it_is_if_time_allows(switch_ben
             assert record.state is SwitchState.DONE
             assert ids(await running) == ids(expected)
             assert pipeline.dispatcher.counters["retries"] == 0
+
+    go(run())
+
+
+@pytest.mark.parametrize("worker", ["w1-PD", "w3-D"])
+def test_the_kv_pool_of_a_role_that_ended_is_freed_at_once(switch_bench: Any, worker: str) -> None:
+    async def run() -> None:
+        async with switch_bench.pipeline("1E1PD1P1D") as pipeline:
+            await switch_bench.ask(pipeline, [switch_bench.request(n) for n in range(4)])
+            loop = pipeline.workers[worker].hosted.loop
+            pool = weakref.ref(loop.core.pool)
+            del loop
+            gc.disable()
+            try:
+                assert pool() is not None
+                record = await switch_bench.switch(pipeline, worker, "E")
+                assert (record.state, pool()) == (SwitchState.DONE, None)
+            finally:
+                gc.enable()
 
     go(run())
 
