@@ -14,10 +14,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from epd.cache.keys import pixel_digest
+from epd.config import EngineConfig
 from epd.demo import CHECKPOINT
 from epd.demo.examples import Example, held_out
 from epd.engine import LLM, Completion
 from epd.images import rgb_array
+from epd.kv.formats import KV_CODED, KV_PLAIN
 from epd.models.registry import load_decoder
 from epd.quantize.options import QuantizeOptions
 from epd.quantize.run import calibration_samples, quantize_model
@@ -30,7 +32,7 @@ if TYPE_CHECKING:
     from epd.models.vision import VisionEncoder
     from epd_pruning.base import VisionInputs
 
-__all__ = ["Answers", "Measured", "ask", "compare", "main"]
+__all__ = ["Answers", "Measured", "RememberedVision", "ask", "compare", "main"]
 
 _MAX_TOKENS = 48
 _CASES = (
@@ -44,18 +46,28 @@ _CASES = (
     QuantizeOptions(scheme="fireq", nearest=True),
     QuantizeOptions(scheme="fireq"),
     QuantizeOptions(scheme="fp8"),
+    QuantizeOptions(scheme="qqq", kv="int4", nearest=True),
+    QuantizeOptions(scheme="qqq", kv="int4"),
+    QuantizeOptions(scheme="fireq", kv="int4", nearest=True),
+    QuantizeOptions(scheme="fireq", kv="int4"),
+    QuantizeOptions(scheme="fireq", kv="int4", rotate=True),
 )
-_COLUMNS = ("scheme", "group_size", "method", "samples", "questions", "correct", "accuracy",
-            "same_tokens", "layer_output_error", "decoder_bytes", "seed")  # fmt: skip
+_COLUMNS = ("scheme", "kv", "kv_fallbacks", "group_size", "method", "samples", "questions",
+            "correct", "accuracy", "same_tokens", "layer_output_error", "decoder_bytes",
+            "seed")  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
 class Answers:
-    """Token ids and texts of greedy answers, and the bytes of the decoder that gave them."""
+    """Token ids and texts of greedy answers, and the bytes of the decoder that gave them.
+
+    `fallbacks` counts the layers that did not bear the KV format asked for.
+    """
 
     token_ids: list[list[int]]
     texts: list[str]
     decoder_bytes: int
+    fallbacks: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,12 +78,12 @@ class Measured:
     same_tokens: float
 
 
-class _RememberedVision:
-    """A vision encoder that encodes each picture once, whatever decoder asks. It prunes nothing."""
+class RememberedVision:
+    """A vision encoder that encodes each picture once for the same needs, whatever decoder asks."""
 
     def __init__(self, encoder: VisionEncoder) -> None:
         self._encoder = encoder
-        self._known: dict[str, VisionInputs] = {}
+        self._known: dict[tuple[str, frozenset[str]], VisionInputs] = {}
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._encoder, name)
@@ -80,25 +92,30 @@ class _RememberedVision:
         self, images: Sequence[RGBArray], needs: frozenset[str] = frozenset()
     ) -> list[VisionInputs]:
         """As the encoder's own."""
-        keys = [pixel_digest(image.shape[1], image.shape[0], image.data) for image in images]
+        keys = [
+            (pixel_digest(image.shape[1], image.shape[0], image.data), needs) for image in images
+        ]
         missing = {k: i for k, i in zip(keys, images, strict=True) if k not in self._known}
         inputs = self._encoder.encode_inputs(list(missing.values()), needs)
         self._known.update(zip(missing, inputs, strict=True))
         return [self._known[key] for key in keys]
 
 
-def ask(model: Path, examples: list[Example], vision: Any = None) -> Answers:
-    """Greedy answers of a checkpoint through `LLM`; `vision` replaces its own encoder."""
-    llm = LLM(model)
+def ask(
+    llm: LLM, examples: list[Example], vision: Any = None, pruning: dict[str, Any] | None = None
+) -> Answers:
+    """Greedy answers of a model; `vision` replaces its own encoder."""
     if vision is not None:
         llm.vision = vision
     completions: list[Completion] = llm.chat(
         [example.question for example in examples],
         images=[[rgb_array(image) for image in example.images] for example in examples],
-        sampling=SamplingParams(temperature=0.0, max_tokens=_MAX_TOKENS),
-    )
-    return Answers([c.token_ids for c in completions], [c.text.strip() for c in completions],
-                   load_decoder(llm.card).resident_bytes())  # fmt: skip
+        sampling=SamplingParams(temperature=0.0, max_tokens=_MAX_TOKENS), pruning=pruning,
+    )  # fmt: skip
+    return Answers(
+        [c.token_ids for c in completions], [c.text.strip() for c in completions],
+        load_decoder(llm.card).resident_bytes(), llm.core.stats().kv_fallbacks,
+    )  # fmt: skip
 
 
 def compare(answers: Answers, reference: Answers, examples: list[Example]) -> Measured:
@@ -117,22 +134,31 @@ def main() -> None:
     parser.add_argument("--questions", type=int, default=170)
     parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--kv-only", action="store_true", help="only the cases with coded KV")
     parser.add_argument("-o", "--out", type=Path, default=Path("docs/eval/quantize.csv"))
     given = parser.parse_args()
     examples = held_out(given.questions, given.seed)
-    vision = _RememberedVision(LLM(CHECKPOINT).vision)
-    plain = ask(CHECKPOINT, examples, vision)
+    plain_llm = LLM(CHECKPOINT, device=given.device)
+    vision = RememberedVision(plain_llm.vision)
+    plain = ask(plain_llm, examples, vision)
     samples = calibration_samples("scenes", given.samples)
     given.out.parent.mkdir(parents=True, exist_ok=True)
     with given.out.open("w", newline="") as file, tempfile.TemporaryDirectory() as directory:
         table = csv.DictWriter(file, _COLUMNS, lineterminator="\n")
         table.writeheader()
         fixed = {"questions": given.questions, "seed": given.seed}
-        table.writerow({**fixed, **_row(plain, plain, examples), "scheme": "plain"})
+        table.writerow({**fixed, **_row(plain, plain, examples), "scheme": "plain", "kv": "bf16"})
+        for kv in KV_CODED:
+            llm = LLM(CHECKPOINT, device=given.device, config=EngineConfig(kv=kv))
+            row = _row(ask(llm, examples, vision), plain, examples)
+            table.writerow({**fixed, **row, "scheme": "plain", "kv": kv, "method": "nearest"})
         for number, options in enumerate(_CASES):
+            if given.kv_only and options.kv == KV_PLAIN:
+                continue
             out = Path(directory) / str(number)
             report = quantize_model(CHECKPOINT, out, options, samples=samples)
-            row = _row(ask(out, examples, vision), plain, examples)
+            row = _row(ask(LLM(out, device=given.device), examples, vision), plain, examples)
             table.writerow({**fixed, **row, **_facts(report), "samples": given.samples})
             file.flush()
             print(json.dumps({**row, **_facts(report)}), flush=True)
@@ -143,6 +169,7 @@ def _row(answers: Answers, plain: Answers, examples: list[Example]) -> dict[str,
     return {
         "correct": measured.correct, "accuracy": round(measured.correct / len(examples), 4),
         "same_tokens": round(measured.same_tokens, 4), "decoder_bytes": answers.decoder_bytes,
+        "kv_fallbacks": answers.fallbacks,
     }  # fmt: skip
 
 
@@ -151,7 +178,7 @@ def _facts(report: dict[str, Any]) -> dict[str, Any]:
     error = sum(layer["output_error"] for layer in layers)
     method = "nearest" if options["nearest"] or options["scheme"] == "fp8" else "searched"
     return {
-        "scheme": options["scheme"], "group_size": options["group_size"],
+        "scheme": options["scheme"], "kv": options["kv"], "group_size": options["group_size"],
         "method": method + ("+rotation" if options["rotate"] else ""),
         "layer_output_error": round(error / len(layers), 5),
     }  # fmt: skip
