@@ -1,4 +1,4 @@
-"""Writes the tables of README.md from the measured files in docs/.
+"""Writes the tables of README.md and of the pages in docs/ from the measured files there.
 
 With `--check` it fails if they are stale. A table stands between `<!-- table: NAME -->` and `<!--
 end -->`.
@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 DOCS = Path(__file__).parent
-README = DOCS.parent / "README.md"
+PAGES = (DOCS.parent / "README.md", DOCS / "elastic.md")
 _REGION = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -77,10 +77,55 @@ def _serving() -> str:
     return _measured(rows[0]) + _markdown(list(columns.values()), cells)
 
 
+def _simulated_shift() -> str:
+    return _simulated(_shift_rows())
+
+
+def _simulated_shapes() -> str:
+    return _simulated([row for row in _rows("bench/elastic.csv") if row["scenario"] != "shift"])
+
+
+def _shift_rows() -> list[dict[str, str]]:
+    return [row for row in _rows("bench/elastic.csv") if row["scenario"] == "shift"]
+
+
+def _simulated(rows: list[dict[str, str]]) -> str:
+    cells = [
+        [
+            row["times"], row["trace"], row["policy"], row["latency_s"],
+            f"{float(row['latency_gain']):.2f}", row["ttft_s"], row["tpot_ms"],
+            f"{float(row['tpot_gain']):.2f}", row["switches"], row["most_per_worker"],
+            row["last_split"],
+        ]
+        for row in rows
+    ]  # fmt: skip
+    header = [
+        "service times", "trace", "policy", "latency s", "gain", "TTFT s", "TPOT ms", "gain",
+        "switches", "most by one", "ends as",
+    ]  # fmt: skip
+    return f"`{rows[0]['command']}`, {rows[0]['date']} UTC.\n\n" + _markdown(header, cells)
+
+
+def _real_shift() -> str:
+    rows = _rows("bench/elastic_real.csv")
+    columns = {
+        "policy": "policy", "run": "run", "latency_s": "latency s", "ttft_s": "TTFT s",
+        "tpot_ms": "TPOT ms", "seconds": "all answered after s", "lost": "lost", "wrong": "wrong",
+        "switches": "switches", "most_per_worker": "most by one",
+        "switch_seconds": "a switch took s", "last_split": "ends as",
+        "load_average": "load average",
+    }  # fmt: skip
+    cells = [[row[name] for name in columns] for row in rows]
+    return _measured(rows[0]) + _markdown(list(columns.values()), cells)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "accuracy": _accuracy,
     "offline": _offline,
     "serving": _serving,
+    "simulated_shift": _simulated_shift,
+    "simulated_shapes": _simulated_shapes,
+    "real_shift": _real_shift,
 }
 
 
@@ -90,13 +135,15 @@ def rendered(text: str) -> str:
 
 
 def main() -> int:
-    """Write the README, or with `--check` say whether it is up to date."""
-    before = README.read_text()
-    after = rendered(before)
-    if "--check" in sys.argv:
-        return int(before != after)
-    README.write_text(after)
-    return 0
+    """Write the pages, or with `--check` say whether they are up to date."""
+    stale = 0
+    for page in PAGES:
+        before = page.read_text()
+        after = rendered(before)
+        stale += before != after
+        if "--check" not in sys.argv:
+            page.write_text(after)
+    return int("--check" in sys.argv and stale > 0)
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ from epd_services.progress import progress
 from epd_services.settings import load_settings
 from epd_services.stack import Stack, free_port
 
-__all__ = ["Plan", "main", "run_once", "summary"]
+__all__ = ["Answer", "Plan", "main", "run_once", "summary"]
 
 _COLUMNS = {
     "policy": "policy", "run": "run", "latency_s": "latency s", "ttft_s": "TTFT s",
@@ -62,7 +62,9 @@ class Plan:
 
 
 @dataclass(frozen=True, slots=True)
-class _Answer:
+class Answer:
+    """A reply, how late it was asked for, and whether it is the right one."""
+
     reply: Reply
     late: float
     right: bool
@@ -101,7 +103,7 @@ async def _run(
 async def _ask(
     client: ChatClient, due: float, number: int, tokens: int, pictures: Sequence[Picture],
     expected: Sequence[str], *, whole: int,
-) -> _Answer:  # fmt: skip
+) -> Answer:  # fmt: skip
     await asyncio.sleep(max(0.0, due - time.perf_counter()))
     late = time.perf_counter() - due
     lap, index = divmod(number, len(pictures))
@@ -112,11 +114,11 @@ async def _ask(
     # an answer of fewer tokens is the beginning of the expected one, but for half a character
     text = expected[index] if tokens == whole else expected[index][: len(reply.text.rstrip())]
     right = reply.text == text if tokens == whole else reply.text.rstrip() == text
-    return _Answer(reply, late, reply.complete and right)
+    return Answer(reply, late, reply.complete and right)
 
 
 def summary(
-    answers: Sequence[_Answer], seconds: float, *, history: Sequence[dict[str, Any]], topology: str
+    answers: Sequence[Answer], seconds: float, *, history: Sequence[dict[str, Any]], topology: str
 ) -> Row:
     """Means over the answers that came, what went wrong, and what was switched."""
     whole = [a for a in answers if a.reply.complete]
