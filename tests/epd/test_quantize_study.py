@@ -49,6 +49,7 @@ def test_the_recorder_names_vision_tokens_of_each_prompt():
     assert recorder.kept == [{1}, {0, 1}]
 
 
+@pytest.mark.slow
 def test_methods_keep_what_their_budget_says():
     """A layer processes the budget on average: three layers see what enters, four what is kept."""
     examples = held_out(1, 3)

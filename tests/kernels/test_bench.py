@@ -12,7 +12,13 @@ BENCH = Path(__file__).parents[2] / "kernels" / "bench"
 
 
 @pytest.mark.parametrize(
-    ("script", "cells"), [("bench_gemm", 12), ("bench_attention", 3), ("bench_selection", 2)]
+    ("script", "cells"),
+    [
+        ("bench_gemm", 12),
+        ("bench_attention", 3),
+        ("bench_kv_attention", 12),
+        ("bench_selection", 2),
+    ],
 )
 def test_dry_run(script, cells, tmp_path):
     done = subprocess.run(
