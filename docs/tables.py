@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 DOCS = Path(__file__).parent
-PAGES = (DOCS.parent / "README.md", DOCS / "elastic.md")
+PAGES = (DOCS.parent / "README.md", DOCS / "elastic.md", DOCS / "eval/README.md")
 _REGION = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -119,9 +119,31 @@ def _real_shift() -> str:
     return _measured(rows[0]) + _markdown(list(columns.values()), cells)
 
 
+def _pruning() -> str:
+    rows = _rows("eval/scenes.csv")
+    budgets = sorted({float(row["budget"]) for row in rows} - {1.0}, reverse=True)
+    found = {(row["method"], float(row["budget"])): row for row in rows}
+    methods = [name for name in dict.fromkeys(row["method"] for row in rows) if name != "none"]
+    cells = [[name, *(_relative(found[name, budget]) for budget in budgets)] for name in methods]
+    dense = found["none", 1.0]
+    header = ["% of the dense run's answers", *(f"{100 * budget:g} %" for budget in budgets)]
+    told = f"Dense: {float(dense['exact']):.3f} exact of {dense['questions']} questions. "
+    return told + _measured(dense) + _markdown(header, cells)
+
+
+def _relative(row: dict[str, str]) -> str:
+    if row["note"]:
+        return "out of reach"
+    share, low, high = (
+        100 * float(row[name]) for name in ("relative", "relative_low", "relative_high")
+    )
+    return f"{share:.1f} ({low:.1f}–{high:.1f})" + (" †" if row["gate"] == "fails text" else "")
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "accuracy": _accuracy,
     "offline": _offline,
+    "pruning": _pruning,
     "serving": _serving,
     "simulated_shift": _simulated_shift,
     "simulated_shapes": _simulated_shapes,

@@ -14,7 +14,7 @@ from epd_services.evaluation.methods import DENSE
 __all__ = ["check_plotting", "write_plot"]
 
 _CONTROLS = ("random", "uniform_stride", "low_resolution")
-_OURS = ("script", "adaptinfer")
+_OURS = ("script", "adaptinfer", "script+adaptinfer")
 
 
 def check_plotting() -> None:
@@ -28,24 +28,26 @@ def check_plotting() -> None:
 def write_plot(path: Path, rows: Sequence[Row], title: str) -> None:
     """Relative accuracy of every method over the share of tokens that a layer processes."""
     check_plotting()
+    from matplotlib import colormaps
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 6), layout="constrained")
+    figure = Figure(figsize=(12, 7), layout="constrained")
     axes = figure.add_subplot()
     measured = [row for row in rows if row["method"] != DENSE and not row["note"]]
     names = sorted(dict.fromkeys(row["method"] for row in measured), key=_rank)
+    colors = [colormaps[of](number) for of in ("tab20", "tab20b") for number in range(0, 20, 2)]
     for index, name in enumerate(names):
         line = [row for row in measured if row["method"] == name]
         shares = [100 * row["processed_share"] for row in line]
         values = [100 * row["relative"] for row in line]
         low = [max(100 * (row["relative"] - row["relative_low"]), 0.0) for row in line]
         high = [max(100 * (row["relative_high"] - row["relative"]), 0.0) for row in line]
-        ours = name.split("[")[0].startswith(_OURS)
+        ours = name.split("[")[0] in _OURS
         axes.errorbar(
             shares, values, yerr=[low, high], label=name, capsize=2,
-            marker="osvD^<>Ph*X"[index % 11], markersize=6 if ours else 4,
-            linestyle=":" if name in _CONTROLS else "-", linewidth=2.2 if ours else 1.1,
-            color=f"C{index % 10}", alpha=1.0 if ours or name in _CONTROLS else 0.8,
+            marker="osvD^<>Ph*X"[index % 11], markersize=7 if ours else 4,
+            linestyle=":" if name in _CONTROLS else "-", linewidth=2.4 if ours else 1.0,
+            color=colors[index % len(colors)], zorder=3 if ours else 2,
         )  # fmt: skip
     axes.axhline(100, color="black", linewidth=0.8)
     axes.set_xscale("log")
@@ -56,10 +58,10 @@ def write_plot(path: Path, rows: Sequence[Row], title: str) -> None:
     axes.set_ylabel("exact match, % of the dense run (95 % interval)")
     axes.set_title(title)
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8, ncols=2, loc="lower right")
+    figure.legend(fontsize=8, loc="outside right upper")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
 
 
 def _rank(name: str) -> tuple[bool, bool, str]:
-    return (not name.startswith(_OURS), name in _CONTROLS, name)
+    return (name.split("[")[0] not in _OURS, name in _CONTROLS, name)
