@@ -104,6 +104,22 @@ def test_nothing_moves_during_a_switch_or_the_cool_down_after_it() -> None:
     assert moves[0][0] >= policy.cool_down
 
 
+def test_a_lost_worker_gets_time_to_come_back() -> None:
+    """One that stays away is made up for, also when it was the only one of its stage."""
+    load = Backlog(prompts=2, decoding=4, tokens=900)
+    whole = snapshot("3E1P4D", backlog=load)
+    left = tuple(worker for worker in whole.workers if worker.worker_id != "w3")
+    controller = Controller()
+    assert controller.decide(whole).moves == ()
+    maimed = replace(whole, workers=left)
+    assert "may come back" in controller.decide(replace(maimed, at=0.5)).reason
+    decisions = {n / 2: controller.decide(replace(maimed, at=n / 2)) for n in range(2, 40)}
+    at, decision = next((at, d) for at, d in decisions.items() if d.moves)
+    assert at == pytest.approx(0.5 + Policy().cool_down, abs=0.6)
+    assert parse_stages("P") in {move.stages for move in decision.moves}
+    assert "prefill is the bottleneck (it has no worker" in decision.reason
+
+
 def test_each_return_doubles_the_wait_before_the_next() -> None:
     """Two opposite pictures, each shown until it is followed."""
     controller, at, gaps = Controller(Policy(memory=1.0)), 0.0, []

@@ -72,13 +72,14 @@ class Controller:
         self._received: dict[Stage, float] = {}
         self._back_off = 2.0
         self._usual = _Usual(self.policy.memory)
+        self._workers = 0
 
     def decide(self, snapshot: Snapshot) -> Decision:
         """Moves towards the split of the shortest forecast, or none; always with the reason."""
-        if any(not worker.serving for worker in snapshot.workers):
+        if why := self._disturbed(snapshot):
             self._winning_since = None
             self._quiet_until = max(self._quiet_until, snapshot.at + self.policy.cool_down)
-            return Decision((), "stay: a switch is under way")
+            return Decision((), f"stay: {why}")
         now = forecast(snapshot, snapshot.split, horizon=self.policy.horizon)
         self._usual.take(snapshot.at, now.total)
         plan = self._best(snapshot, now)
@@ -89,6 +90,15 @@ class Controller:
         if wait > 0:
             return Decision((), f"stay: {wait:.1f} s of confirmation or cool-down left")
         return self._go(snapshot, plan)
+
+    def _disturbed(self, snapshot: Snapshot) -> str | None:
+        """Why this is no moment to judge: what is under way or lost may soon look different."""
+        before, self._workers = self._workers, len(snapshot.workers)
+        if self._workers < before:
+            return "a worker is gone, and may come back"
+        if any(not worker.serving for worker in snapshot.workers):
+            return "a switch is under way"
+        return None
 
     def _best(self, snapshot: Snapshot, now: Forecast) -> _Plan | None:
         """The fewest moves that are forecast nearly the best; None if nothing would be saved."""
@@ -207,11 +217,13 @@ def _explain(snapshot: Snapshot, plan: _Plan, moves: tuple[Move, ...]) -> str:
     after = [target.get(w.worker_id, w.stages) for w in snapshot.workers]
     backlog, rates = snapshot.backlog, snapshot.rates
     names = ", ".join(move.worker_id for move in moves)
+    share = f"{plan.now.stage(stage):.1f} s of {plan.now.total:.1f} s a request"
+    if not snapshot.split[stage]:
+        share = "it has no worker"
     return (
-        f"{_WORDS[stage]} is the bottleneck ({plan.now.stage(stage):.1f} s of "
-        f"{plan.now.total:.1f} s a request; {backlog.images} images, {backlog.prompts} prompts, "
-        f"{backlog.decoding} decodes, {backlog.tokens:.0f} tokens to go, "
-        f"{rates.requests:.1f} requests/s): {split_name(after)} is forecast at "
+        f"{_WORDS[stage]} is the bottleneck ({share}; {backlog.images} images, "
+        f"{backlog.prompts} prompts, {backlog.decoding} decodes, "
+        f"{backlog.tokens:.0f} tokens to go, {rates.requests:.1f} requests/s): {split_name(after)} is forecast at "
         f"{plan.forecast.total:.1f} s, a switch of {snapshot.times.switch:.1f} s charged; "
         f"moving {names}"
     )
