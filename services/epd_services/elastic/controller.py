@@ -223,7 +223,7 @@ def _explain(snapshot: Snapshot, plan: _Plan, moves: tuple[Move, ...]) -> str:
     return (
         f"{_WORDS[stage]} is the bottleneck ({share}; {backlog.images} images, "
         f"{backlog.prompts} prompts, {backlog.decoding} decodes, "
-        f"{backlog.tokens:.0f} tokens to go, {rates.requests:.1f} requests/s): {split_name(after)} is forecast at "
-        f"{plan.forecast.total:.1f} s, a switch of {snapshot.times.switch:.1f} s charged; "
-        f"moving {names}"
+        f"{backlog.tokens:.0f} tokens to go, {rates.requests:.1f} requests/s): "
+        f"{split_name(after)} is forecast at {plan.forecast.total:.1f} s, a switch of "
+        f"{snapshot.times.switch:.1f} s charged; moving {names}"
     )
