@@ -78,15 +78,18 @@ def quantized_attention_ref(
     width = -(-longest // k_cache.codes.shape[1])
     used = torch.arange(width, device=q.device) * k_cache.codes.shape[1] < seq_lens[:, None]
     blocks = (block_tables[:, :width].long() * used).flatten()
-    k, v = (
-        dequantize_kv(QuantKV(cache.codes[blocks], cache.scales[blocks])).to(q.dtype)
-        for cache in (k_cache, v_cache)
-    )
+    k, v = (dequantize_kv(_taken(cache, blocks)).to(q.dtype) for cache in (k_cache, v_cache))
     tables = torch.arange(len(blocks), device=q.device).view(len(seq_lens), -1)
     return paged_attention_ref(
         q, k, v, block_tables=tables, cu_seqlens_q=cu_seqlens_q, seq_lens=seq_lens, scale=scale,
         max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k,
     )  # fmt: skip
+
+
+def _taken(cache: QuantKV, blocks: torch.Tensor) -> QuantKV:
+    """Some blocks of a cache; through bytes, because not every index op takes e4m3."""
+    codes = cache.codes.view(torch.uint8)[blocks].view(cache.codes.dtype)
+    return QuantKV(codes, cache.scales[blocks])
 
 
 @jit
