@@ -34,6 +34,8 @@ _SUSTAINED = 0.6
 _PICTURES = 48
 _REMEMBERED = 32
 _PROBE = 48
+_MOST_IN_FLIGHT = 192
+_PATIENCE = 10.0
 _ROLES = ("E", "P", "D", "EP", "ED", "PD", "EPD")
 _LOAD_COLUMNS = {
     "under": "load", "requests": "requests", "requests_per_s": "answers/s", "lost": "lost",
@@ -69,7 +71,7 @@ def switch_bench(
     pictures, expected = _questions(seed, output_tokens)
     settings, _ = load_settings(
         model=str(CHECKPOINT), topology=topology, host="127.0.0.1", port=free_port(),
-        device=device, dtype=dtype, max_inflight=1 << 16, request_seconds=3600.0,
+        device=device, dtype=dtype, request_seconds=600.0,
     )  # fmt: skip
     plan = _Plan(count, rates, output_tokens, repeat_images, seed, pictures, expected)
     loads, switches = asyncio.run(_measure(Stack(settings), plan))
@@ -162,16 +164,18 @@ async def _under_load(
     begin = time.perf_counter()
     arriving = asyncio.create_task(loop.arrive(rate))
     done: list[Row] = []
-    with progress(f"switches at {rate:g}/s", plan.count) as advance:
-        for number in range(1, plan.count + 1):
-            await asyncio.sleep(rng.uniform(0.5, 1.0))
-            record = await asyncio.to_thread(_one_switch, admin, rng)
-            done.append(_switch_row(f"{rate:g}/s", number, record))
-            advance(number, "")
-    await asyncio.sleep(1.0)
-    arriving.cancel()
-    with contextlib.suppress(asyncio.CancelledError):
-        await arriving
+    try:
+        with progress(f"switches at {rate:g}/s", plan.count) as advance:
+            for number in range(1, plan.count + 1):
+                await asyncio.sleep(rng.uniform(0.5, 1.0))
+                record = await asyncio.to_thread(_one_switch, admin, rng)
+                done.append(_switch_row(f"{rate:g}/s", number, record))
+                advance(number, "")
+        await asyncio.sleep(1.0)
+    finally:
+        arriving.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await arriving
     with progress(f"the last answers at {rate:g}/s", 1) as advance:
         row = await loop.finish(begin)
         advance(1, "")
@@ -227,11 +231,17 @@ class OpenLoop:
             self._sent.append(asyncio.create_task(self._one(self.choose(), moment)))
 
     async def arrive(self, rate: float) -> None:
-        """Send `rate` requests a second, at random times, until cancelled."""
+        """Send `rate` requests a second, at random times, until cancelled.
+
+        Beyond what the services take, the client holds back: they would refuse the excess.
+        """
         due = time.perf_counter()
         while True:
             due += self._rng.expovariate(rate)
             await asyncio.sleep(max(0.0, due - time.perf_counter()))
+            while sum(not task.done() for task in self._sent) >= _MOST_IN_FLIGHT:
+                await asyncio.sleep(0.01)
+                due = time.perf_counter()
             self.send(1, due)
 
     async def _one(self, number: int, due: float) -> Outcome:
@@ -261,10 +271,13 @@ def choose_switch(admin: AdminClient, rng: random.Random) -> tuple[str, str] | N
 
 def _one_switch(admin: AdminClient, rng: random.Random) -> dict[str, Any]:
     """The record of a random switch when it is over."""
-    wish = choose_switch(admin, rng)
-    if wish is None:
-        raise ConfigError("No switch is possible.\nEvery stage has one worker only.\n"
-                          "epd bench --switches 20 --topologies 2E2P2D")  # fmt: skip
+    until = time.monotonic() + _PATIENCE
+    while (wish := choose_switch(admin, rng)) is None:
+        if time.monotonic() > until:
+            roles = [f"{w['name']} {w['stages']} {w['state']}" for w in admin.status()["workers"]]
+            raise ConfigError(f"No switch is possible.\nThe workers: {', '.join(roles)}.\n"
+                              "epd bench --switches 20 --topologies 2E2P2D")  # fmt: skip
+        time.sleep(0.1)
     worker, stages = wish
     try:
         record = admin.switch(worker, stages, drain_seconds=10.0)
