@@ -131,6 +131,33 @@ def _pruning() -> str:
     return told + _measured(dense) + _markdown(header, cells)
 
 
+_HEADLINES = (
+    "script", "script+adaptinfer[layers=2,enter=1.05]", "dpp", "cdpruner",
+    "dpp+fastv[layers=2,enter=1.05]", "dpp+sparsevlm[layers=2,enter=1.05]", "vispruner", "random",
+)  # fmt: skip
+
+
+def _pruning_headlines() -> str:
+    text = _pruning().splitlines(keepends=True)
+    chosen = tuple(f"| {name} |" for name in _HEADLINES)
+    return "".join(
+        line
+        for line in text
+        if not line.startswith("| ") or line.startswith(("| %", "| ---", *chosen))
+    )
+
+
+def _prefill() -> str:
+    rows = _rows("bench/prefill_h200.csv")
+    columns = {
+        "case": "shape", "method": "method", "batch": "batch", "prefill": "ms",
+        "selection": "of it selection", "scoring_share": "of it scoring, %",
+        "times": "times faster",
+    }  # fmt: skip
+    cells = [[row[name] for name in columns] for row in rows]
+    return _measured(rows[0]) + _markdown(list(columns.values()), cells)
+
+
 def _relative(row: dict[str, str]) -> str:
     if row["note"]:
         return "out of reach"
@@ -144,6 +171,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "accuracy": _accuracy,
     "offline": _offline,
     "pruning": _pruning,
+    "pruning_headlines": _pruning_headlines,
+    "prefill": _prefill,
     "serving": _serving,
     "simulated_shift": _simulated_shift,
     "simulated_shapes": _simulated_shapes,
