@@ -164,7 +164,9 @@ def _relative(row: dict[str, str]) -> str:
     share, low, high = (
         100 * float(row[name]) for name in ("relative", "relative_low", "relative_high")
     )
-    return f"{share:.1f} ({low:.1f}\u2013{high:.1f})" + (" †" if row["gate"] == "fails text" else "")
+    return f"{share:.1f} ({low:.1f}\u2013{high:.1f})" + (
+        " †" if row["gate"] == "fails text" else ""
+    )
 
 
 TABLES: dict[str, Callable[[], str]] = {
