@@ -294,6 +294,10 @@ def _strides(q: torch.Tensor, k: torch.Tensor) -> tuple[int, int, int, int]:
     return q.stride(0), q.stride(1), k.stride(0), k.stride(1)
 
 
+def _padded(dim: int) -> int:
+    return max(16, next_power_of_2(dim))  # a product sums over at least 16 channels
+
+
 def row_lse_triton(q: torch.Tensor, k: torch.Tensor, spans: Spans, *, scale: float) -> torch.Tensor:
     """`row_lse` on the device of `q`."""
     size, heads, dim = q.shape
@@ -304,7 +308,7 @@ def row_lse_triton(q: torch.Tensor, k: torch.Tensor, spans: Spans, *, scale: flo
         _lse_kernel[grid](
             q, k, spans.table, lse, scale * math.log2(math.e), *_strides(q, k), size,
             GROUP=heads // k.shape[1], D=dim, BLOCK_M=block_m, BLOCK_N=block_n,
-            BLOCK_D=next_power_of_2(dim), num_warps=warps, num_stages=3,
+            BLOCK_D=_padded(dim), num_warps=warps, num_stages=3,
         )  # fmt: skip
     return lse
 
@@ -321,7 +325,7 @@ def received_and_given_triton(
         _prior_kernel[grid](
             q, k, spans.table, lse.contiguous(), weights, scale * math.log2(math.e),
             *_strides(q, k), size, GROUP=heads // k.shape[1], D=dim, BLOCK_M=block_m,
-            BLOCK_D=next_power_of_2(dim), num_warps=warps, num_stages=2,
+            BLOCK_D=_padded(dim), num_warps=warps, num_stages=2,
         )  # fmt: skip
     return weights
 
@@ -341,6 +345,6 @@ def weighted_columns_triton(
             q, k, spans.table, lse.contiguous(), weights, parts, scale * math.log2(math.e),
             *_strides(q, k), *weights.stride(), size, k.shape[0], HEADS=heads // num_parts,
             GROUP=heads // k.shape[1], D=dim, BLOCK_M=block_m, BLOCK_N=block_n,
-            BLOCK_D=next_power_of_2(dim), num_warps=warps, num_stages=2,
+            BLOCK_D=_padded(dim), num_warps=warps, num_stages=2,
         )  # fmt: skip
     return parts

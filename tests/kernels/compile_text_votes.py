@@ -19,10 +19,11 @@ def all_kernels() -> dict[str, dict[str, Any]]:
     types = {"table": "*i32", "scale_log2": "fp32", "vision": "*u8", "stay": "*u8", "kinds": "*u8",
              "rows": "*i64"}  # fmt: skip
     types |= dict.fromkeys(("lse", "weights", "parts"), "*fp32")
-    for dtype in ("fp16", "bf16"):
-        for dim, group in ((128, 1), (128, 7), (64, 4)):
+    for dtype, narrow in (("fp16", [(8, 1)]), ("bf16", [])):
+        for dim, group in ((128, 1), (128, 7), (64, 4), *narrow):
             mine = types | {"q": f"*{dtype}", "k": f"*{dtype}"}
-            tile = {"GROUP": group, "D": dim, "BLOCK_M": BLOCK_M, "BLOCK_D": dim}
+            tile = {"GROUP": group, "D": dim, "BLOCK_M": BLOCK_M}
+            tile |= {"BLOCK_D": text_votes._padded(dim)}
             name = f"{dtype}-{dim}-{group}"
             wide = tile | {"BLOCK_N": BLOCK_N}
             found[f"lse-{name}"] = build(text_votes._lse_kernel, mine, wide, WARPS, 3)

@@ -32,5 +32,5 @@ def test_nothing_spills(compiled):
 
 def test_the_map_is_made_on_wgmma(compiled):
     made = {name: r for name, r in compiled.items() if name not in ("rank", "gather")}
-    assert len(made) == 18
+    assert len(made) == 21
     assert [name for name, r in made.items() if r["mma"] or not r["wgmma"]] == []
