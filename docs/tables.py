@@ -16,7 +16,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 DOCS = Path(__file__).parent
-PAGES = (DOCS.parent / "README.md", DOCS / "elastic.md", DOCS / "eval/README.md")
+PAGES = (
+    DOCS.parent / "README.md", DOCS / "elastic.md", DOCS / "eval/README.md",
+    DOCS.parent / "pruning/README.md",
+)  # fmt: skip
 _REGION = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -158,6 +161,26 @@ def _prefill() -> str:
     return _measured(rows[0]) + _markdown(list(columns.values()), cells)
 
 
+def _selection() -> str:
+    rows = [row for row in _rows("bench/selection_h200.csv") if row["part"].startswith("script")]
+    cells = [
+        [
+            row["case"], *(f"{float(row[t]) / 1000:.3g}" for t in _SELECTION_TIMES), row["bar_ms"],
+            f"{100 * float(row['alike']):.1f}",
+        ]
+        for row in rows
+    ]  # fmt: skip
+    header = ["what", *_SELECTION_TIMES.values(), "bar", "same tokens, %"]
+    one = rows[0]
+    versions = f"torch {one['torch']}, Triton {one['triton']}, {one['commit']}, {one['date']}"
+    return f"{one['device']}, {versions}.\n\n" + _markdown(header, cells)
+
+
+_SELECTION_TIMES = {
+    "device_us": "device, ms", "clock_us": "launched from Python", "torch_us": "eager torch",
+}  # fmt: skip
+
+
 def _relative(row: dict[str, str]) -> str:
     if row["note"]:
         return "out of reach"
@@ -175,6 +198,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "pruning": _pruning,
     "pruning_headlines": _pruning_headlines,
     "prefill": _prefill,
+    "selection": _selection,
     "serving": _serving,
     "simulated_shift": _simulated_shift,
     "simulated_shapes": _simulated_shapes,
