@@ -9,7 +9,6 @@ shapes, checks it, and times nothing.
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from timing import Results, Windows, copies_beyond_l2, measure_roofs, relative_e
 from torch.nn import functional
 
 from epd_kernels import dequantize_fp8, quantize_fp8, w4_gemm, w4a8_fp8_large
-from epd_kernels.launch import GemmConfig
+from epd_kernels.launch import GemmConfig, read_launches
 from epd_kernels.w4_dequant import fp8_row_scales
 
 WIDENED_FROM = 128  # tokens, below which widening the weight first is not worth a measurement
@@ -73,14 +72,17 @@ def vendor_bf16(x: torch.Tensor, weight: torch.Tensor) -> Variant:
     return Variant(calls, weight.nbytes + x.nbytes + 2 * len(x) * len(weight), "bf16", error)
 
 
-def vendor_fp8(x: torch.Tensor, weight: torch.Tensor) -> Variant:
-    """Row-wise scales on both sides; fewer than 16 tokens are padded to what it accepts."""
+def vendor_fp8(x: torch.Tensor, weight: torch.Tensor, *, fast: bool) -> Variant:
+    """Row-wise scales on both sides; fewer than 16 tokens are padded to what it accepts.
+
+    `fast`: sums stay in the tensor core's short accumulator.
+    """
     x = functional.pad(x, (0, 0, 0, max(16 - len(x), 0)))
     (a, scale_a), (b, scale_b) = quantize_fp8(x), quantize_fp8(weight)
     expected = (a.float() * scale_a[:, None]) @ (b.float() * scale_b[:, None]).t()
     calls = [
         partial(torch._scaled_mm, a, b.clone().t(), scale_a[:, None], scale_b[None], None, None,
-                x.dtype)
+                x.dtype, use_fast_accum=fast)
         for _ in range(copies_beyond_l2(b.nbytes))
     ]  # fmt: skip
     error = relative_error(calls[0](), expected)
@@ -91,15 +93,15 @@ class Table:
     """Launches by scheme, shape and token count, as tune_gemm.py wrote them."""
 
     def __init__(self, path: Path | None) -> None:
-        self._shapes = json.loads(path.read_text())["gemm"] if path else {}
+        self._shapes = read_launches(path) if path else {}
 
     def config(self, case: Case, m: int) -> GemmConfig | None:
         """The launch of the least tuned token count that is at least `m`, or of the greatest."""
-        buckets = self._shapes.get(case.scheme.name, {}).get("x".join(map(str, case.shape)), {})
-        if not buckets:
+        n, k = case.shape
+        launches = self._shapes.get(case.scheme.name, {}).get((n, k))
+        if not launches:
             return None
-        key = min((b for b in map(int, buckets) if b >= m), default=max(map(int, buckets)))
-        return GemmConfig(*buckets[str(key)])
+        return launches[min((b for b in launches if b >= m), default=max(launches))]
 
 
 def dry_run() -> None:
@@ -114,23 +116,31 @@ def dry_run() -> None:
         print(f"w4a8-fp8-widened  M={m} N=64 K=256  error={error:.1e}  not timed")
 
 
-def measure(results: Results, table: Table, deadline: float) -> None:
+def measure(
+    results: Results, table: Table, deadline: float, *, schemes: list[str], tokens: list[int]
+) -> None:
     """Every shape and token count; a line per cell says how it stands to bf16."""
     lines = []
     for n, k in SHAPES:
         weight = weight_of(n, k)
-        cases = {name: Case(scheme, weight) for name, scheme in SCHEMES.items()}
-        add(results, "widening", f"N={n} K={k}", widening(cases["w4a8-fp8"]), 0.0)
-        for m in TOKENS:
+        cases = {name: Case(SCHEMES[name], weight) for name in schemes}
+        wide = Case(SCHEMES["w4a8-fp8-tiled"], weight)
+        spent = add(results, "widening", f"N={n} K={k}", widening(wide), 0.0)
+        lines.append(f"{n}x{k}: widening {spent:.1f}")
+        for m in tokens:
             if time.monotonic() > deadline:
                 print(f"out of time before N={n} K={k} M={m}")
                 continue
             x = activations(m, k)
-            variants = {"bf16": vendor_bf16(x, weight), "fp8": vendor_fp8(x, weight)}
+            variants = {
+                "bf16": vendor_bf16(x, weight),
+                "fp8": vendor_fp8(x, weight, fast=False),
+                "fp8-fast": vendor_fp8(x, weight, fast=True),
+            }
             if m >= WIDENED_FROM:
-                variants["w4a8-fp8-widened"] = widened(cases["w4a8-fp8"], x)
+                variants["w4a8-fp8-widened"] = widened(wide, x)
             for name, case in cases.items():
-                if m > 2048 and name != "w4a8-int8-channel":
+                if m > 2048 and "w4a8-int8-channel" not in name:
                     continue
                 try:
                     variants[name] = four_bit(case, x, table.config(case, m))
@@ -155,6 +165,8 @@ def main() -> None:
     parser.add_argument("-o", "--output", type=Path, default=Path("results.csv"))
     parser.add_argument("--table", type=Path)
     parser.add_argument("--seconds", type=float, default=240, help="start nothing after this")
+    parser.add_argument("--schemes", nargs="*", default=list(SCHEMES))
+    parser.add_argument("--tokens", nargs="*", type=int, default=list(TOKENS))
     parser.add_argument("--dry-run", action="store_true")
     args = parser.parse_args()
     if args.dry_run:
@@ -162,7 +174,7 @@ def main() -> None:
     else:
         deadline = time.monotonic() + args.seconds
         results = Results(args.output, measure_roofs(), Windows(5, 10.0), quiet=True)
-        measure(results, Table(args.table), deadline)
+        measure(results, Table(args.table), deadline, schemes=args.schemes, tokens=args.tokens)
 
 
 if __name__ == "__main__":

@@ -42,6 +42,7 @@ SCHEMES = {
         Scheme("w4a8-fp8", Format.SM7, 128, quantize_fp8, "fp8"),
         Scheme("w4a8-fp8-tiled", Format.SM7, 128, quantize_fp8, "fp8", tiled=True),
         Scheme("w4a8-int8-channel", Format.HI4, 0, quantize_int8, "int8"),
+        Scheme("w4a8-int8-channel-tiled", Format.HI4, 0, quantize_int8, "int8", tiled=True),
         Scheme("w4a8-int8-group", Format.HI4, 128, quantize_int8, "int8"),
         Scheme("w4a16", Format.U4, 128, None, "bf16"),
     )

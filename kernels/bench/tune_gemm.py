@@ -23,47 +23,54 @@ import torch
 from gemm_cases import SCHEMES, SHAPES, Case, activations, checked, weight_of
 from timing import Windows, graph_timing
 
+from epd_kernels import launch
 from epd_kernels.launch import GemmConfig, triton, tuned_name
 
 BUCKETS = (16, 32, 64, 128, 256, 640)
+EARLY_UP_TO = 64  # tokens, beyond which the gap between two kernels is lost in the noise
 SHORT = Windows(5, 3.0)
 
 
 def candidates(m: int, bits: int) -> list[GemmConfig]:
-    """The launches worth trying for `m` tokens; K is only split where tiles are few."""
+    """The launches worth trying for `m` tokens; K is only split where tiles are few.
+
+    Three and more spans of K also even out how many tiles a multiprocessor is given.
+    """
     if m <= 16:
-        tiles = [(64, 16, 4), (128, 16, 4), (128, 16, 8)]
-        grid = product(tiles, (1, 2, 4), (3, 4, 6))
+        tiles = [(64, 16, 4), (128, 16, 4), (256, 16, 8)]
+        grid = product(tiles, (1, 2, 3, 4, 6), (4, 6))
     elif m <= 32:
         tiles = [(64, 32, 4), (128, 32, 4)]
-        grid = product(tiles, (1, 2, 4), (3, 4))
+        grid = product(tiles, (1, 2, 3, 4), (3, 4))
     elif m <= 64:
-        tiles = [(64, 64, 4), (128, 64, 4), (128, 64, 8)]
-        grid = product(tiles, (1, 2, 4), (3, 4))
+        tiles = [(64, 64, 4), (128, 64, 4), (128, 64, 8), (256, 64, 8)]
+        grid = product(tiles, (1, 2, 3, 4), (3, 4))
     elif m <= 128:
-        tiles = [(64, 128, 4), (64, 64, 4), (128, 64, 4), (128, 128, 8)]
+        tiles = [(64, 128, 4), (64, 64, 4), (128, 64, 4), (128, 128, 8), (256, 64, 8)]
         grid = product(tiles, (1, 2, 4), (3, 4))
     else:
-        tiles = [(64, 128, 4), (128, 128, 8), (128, 64, 4), (128, 256, 8)]
+        tiles = [(64, 128, 4), (128, 128, 8), (128, 64, 4), (256, 64, 8)]
         grid = product(tiles, (1, 2) if m <= 256 else (1,), (3, 4))
     found = [
         GemmConfig(n, tokens, splits, warps, stages) for (n, tokens, warps), splits, stages in grid
     ]
     if bits == 16:
         found = [c for c in found if c.block_n * c.block_m <= 64 * 128 and c.num_stages <= 4]
-    return found
+    if m > EARLY_UP_TO:
+        return found
+    return [replace(c, early=early) for c in found for early in (False, True)]
 
 
-def compile_candidates(scheme: str, k: int, share: int, shares: int) -> int:
+def compile_candidates(scheme: str, k: int, buckets: list[int], share: int, shares: int) -> int:
     """Compile one share of a scheme's candidates at K = `k`; the count that compiled."""
     seen: set[tuple[int, ...]] = set()
     weight = torch.ones(64, k, dtype=torch.bfloat16, device="cuda")
     case = Case(SCHEMES[scheme], weight, copies=1)
     codes, scales = case.quantized(torch.ones(16, k, dtype=torch.bfloat16, device="cuda"))
-    for m in BUCKETS:
+    for m in buckets:
         for config in candidates(m, 8 * codes.element_size()):
             variant = (config.block_n, config.block_m, config.splits > 1, config.num_warps,
-                       config.num_stages)  # fmt: skip
+                       config.num_stages, config.early)  # fmt: skip
             if variant in seen:
                 continue
             seen.add(variant)
@@ -76,19 +83,30 @@ def compile_candidates(scheme: str, k: int, share: int, shares: int) -> int:
     return len(seen) // shares
 
 
-def compile_all(schemes: list[str], widths: set[int], workers: int) -> None:
+def compile_all(schemes: list[str], widths: set[int], buckets: list[int], workers: int) -> None:
     """Fill the compiler's disk cache with every candidate."""
     shares = max(1, workers // 4)
     jobs = list(product(schemes, sorted(widths), range(shares)))
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, mp_context=context) as pool:
-        waiting = [pool.submit(compile_candidates, s, k, i, shares) for s, k, i in jobs]
+        waiting = [pool.submit(compile_candidates, s, k, buckets, i, shares) for s, k, i in jobs]
         for future in as_completed(waiting):
             future.result()
 
 
 def spelled(config: GemmConfig) -> str:
     return "/".join(str(int(v)) for v in astuple(config))
+
+
+def _shipped(name: str) -> dict[str, dict[str, dict[str, list[object]]]]:
+    """The launches in the package for this device, which new ones replace one by one."""
+    path = Path(launch.__file__).with_name("tuned") / f"{name}.json"
+    if not path.is_file():
+        return {}
+    told = json.loads(path.read_text())
+    assert told["fields"] == [f.name for f in fields(GemmConfig)]
+    gemms: dict[str, dict[str, dict[str, list[object]]]] = told["gemm"]
+    return gemms
 
 
 class Tuner:
@@ -98,7 +116,7 @@ class Tuner:
         self._deadline = deadline
         self._directory = directory
         self._name = tuned_name(torch.device("cuda"))
-        self._kernels: dict[str, dict[str, dict[str, list[object]]]] = {}
+        self._kernels: dict[str, dict[str, dict[str, list[object]]]] = _shipped(self._name)
         self._sweep: list[list[object]] = []
 
     def tune(self, case: Case, m: int) -> None:
@@ -111,9 +129,6 @@ class Tuner:
         times: dict[GemmConfig, float] = {}
         for config in candidates(m, 8 * codes.element_size()):
             times[config] = self._time(case, codes, scales, expected, config)
-        if m <= 16:
-            early = replace(min(times, key=times.__getitem__), early=True)
-            times[early] = self._time(case, codes, scales, expected, early)
         best = sorted(times, key=times.__getitem__)[:3]
         shown = "  ".join(f"{times[c]:.1f}:{spelled(c)}" for c in best)
         print(f"{case.scheme.name} {case.shape} M={m}  {shown}", flush=True)
@@ -172,10 +187,13 @@ def main() -> None:
     parser.add_argument("--compile-only", action="store_true", help="fill the compiler's cache")
     parser.add_argument("--compiled", action="store_true", help="the compiler's cache is full")
     parser.add_argument("--schemes", nargs="*", default=list(SCHEMES))
+    parser.add_argument("--buckets", nargs="*", type=int, default=list(BUCKETS))
     args = parser.parse_args()
     began = time.monotonic()
     if not args.compiled:
-        compile_all(args.schemes, {k for _, k in SHAPES}, min(os.cpu_count() or 1, 16))
+        compile_all(
+            args.schemes, {k for _, k in SHAPES}, args.buckets, min(os.cpu_count() or 1, 16)
+        )
         print(f"compiled in {time.monotonic() - began:.0f} s", flush=True)
     if args.compile_only:
         return
@@ -185,7 +203,7 @@ def main() -> None:
             weight = weight_of(n, k)
             for scheme in args.schemes:
                 case = Case(SCHEMES[scheme], weight)
-                for m in BUCKETS:
+                for m in args.buckets:
                     tuner.tune(case, m)
     finally:
         print(f"{tuner.write()} after {time.monotonic() - began:.0f} s", flush=True)

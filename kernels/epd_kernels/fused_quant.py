@@ -3,8 +3,9 @@
     add_rms_norm_quant:  r' = round(x + r);  codes, scale = quantize(rms_norm(r'))
     silu_mul_quant:      codes, scale = quantize(silu(gate) * up)
 
-Every rounding of the separate ops is kept, so that fusing changes no code. Per token of width h in
-bf16 the first moves 7h bytes where add, norm and quantise apart move 13h or more.
+Every rounding of the separate ops is kept, so that fusing changes no code; compiled, the sum of a
+norm may run in another order than the norm's own, which moves the last bit of some rows. Per token
+of width h in bf16 the first moves 7h bytes where add, norm and quantise apart move 13h or more.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from .activations import (
     quantize_int8_ref,
     quantize_row,
 )
-from .launch import jit, tl
+from .launch import gdc_launch_dependents, jit, tl
 from .norm import add_rms_norm_ref, rms_norm_ref
 from .silu_mul import silu_mul_ref
 
@@ -75,9 +76,11 @@ def _norm_quant_kernel(
     x: tl.tensor, residual: tl.tensor, weight: tl.tensor, total: tl.tensor, codes: tl.tensor,
     scales: tl.tensor, stride_x: tl.tensor, stride_r: tl.tensor, eps: tl.tensor, K: tl.constexpr,
     LARGEST: tl.constexpr, FLOOR: tl.constexpr, BLOCK_K: tl.constexpr, ENCODE: tl.constexpr,
-    HAS_RESIDUAL: tl.constexpr,
+    LEADS: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
 ) -> None:  # fmt: skip
-    """One token per program."""
+    """One token per program. LEADS: a kernel launched early behind this one may start."""
+    if LEADS:
+        gdc_launch_dependents()
     i_m = tl.program_id(0).to(tl.int64)
     o_k = tl.arange(0, BLOCK_K)
     m_k = o_k < K
@@ -95,8 +98,11 @@ def _norm_quant_kernel(
 def _silu_quant_kernel(
     gate_up: tl.tensor, codes: tl.tensor, scales: tl.tensor, stride_x: tl.tensor, K: tl.constexpr,
     LARGEST: tl.constexpr, FLOOR: tl.constexpr, BLOCK_K: tl.constexpr, ENCODE: tl.constexpr,
+    LEADS: tl.constexpr,
 ) -> None:  # fmt: skip
-    """One token per program; K is the width of the product."""
+    """One token per program; K is the width of the product. LEADS as above."""
+    if LEADS:
+        gdc_launch_dependents()
     i_m = tl.program_id(0).to(tl.int64)
     o_k = tl.arange(0, BLOCK_K)
     m_k = o_k < K

@@ -8,8 +8,11 @@ which is how the tests exercise them without a GPU.
 from __future__ import annotations
 
 import inspect
+import json
+import math
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,10 +29,11 @@ if TYPE_CHECKING:
 
 __all__ = ["INTERPRETED", "AttentionConfig", "DeviceFacts", "GemmConfig", "attention_config",
            "constant", "device_facts", "early_launch", "gdc_launch_dependents", "gdc_wait",
-           "gemm_config", "jit", "next_power_of_2", "previous_power_of_2", "row_warps", "tl",
-           "triton", "tuned_name"]  # fmt: skip
+           "gemm_config", "jit", "next_power_of_2", "previous_power_of_2", "read_launches",
+           "row_warps", "tl", "triton", "tuned_launch", "tuned_name"]  # fmt: skip
 
 _VARYING = {"M", "num_keys", "num_queries", "num_splits", "num_weights"}
+_TUNED = Path(__file__).with_name("tuned")
 INTERPRETED = triton is not None and bool(triton.knobs.runtime.interpret)
 
 
@@ -67,6 +71,7 @@ def device_facts(device: torch.device) -> DeviceFacts:
     return DeviceFacts(properties.major * 10 + properties.minor, properties.multi_processor_count)
 
 
+@cache
 def tuned_name(device: torch.device) -> str:
     """The file name, without its ending, of the launches tuned for `device` and this Triton."""
     words = torch.cuda.get_device_name(device).lower().replace("/", " ").split()
@@ -140,16 +145,59 @@ class GemmConfig:
     early: bool = False
 
 
-def gemm_config(device: torch.device, *, M: int, N: int, K: int, bits: int) -> GemmConfig:
-    """The launch configuration of a four-bit GEMM: K is split until the device is filled once.
+def gemm_config(
+    device: torch.device, *, M: int, N: int, K: int, bits: int, scheme: str = ""
+) -> GemmConfig:
+    """The launch configuration of a four-bit GEMM of M tokens by `[N, K]`.
 
-    A token tile has at least 16 columns, below which the tensor cores are not used, and a split
-    at least 512 input features. `bits` is the width of an activation; wider tiles than these spill.
+    `scheme` names the product as the tuning script does. Where a table of this device and Triton
+    version ships in `tuned/` and holds the scheme at a shape whose N and K are together within a
+    factor of two, its launch for the least tuned count of tokens that is at least M is taken, or
+    for the greatest. Otherwise K is split until the device is filled once: a token tile has at
+    least 16 columns, below which the tensor cores are not used, and a split at least 512 input
+    features. `bits` is the width of an activation; wider tiles than these spill.
     """
     if INTERPRETED:
         return GemmConfig(32, 16, 2 if K >= 1024 else 1, 4, 1)
+    if device.type == "cuda" and (found := tuned_launch(tuned_name(device), scheme, M, N, K)):
+        return found
     block_m = min(max(16, next_power_of_2(M)), 128)
     block_n = 128 if block_m <= (64 if bits == 8 else 32) else 64
     tiles = -(-N // block_n) * -(-M // block_m)
     splits = previous_power_of_2(min(device_facts(device).num_sms // tiles, K // 512))
     return GemmConfig(block_n, block_m, splits, 4, 4 if bits == 8 else 3)
+
+
+@cache
+def _table(name: str) -> dict[str, dict[tuple[int, int], dict[int, GemmConfig]]]:
+    """Launches of a table by scheme, (N, K) and tokens; empty where no such table ships."""
+    path = _TUNED / f"{name}.json"
+    return read_launches(path) if path.is_file() else {}
+
+
+def read_launches(path: Path) -> dict[str, dict[tuple[int, int], dict[int, GemmConfig]]]:
+    """Launches of the file at `path` by scheme, (N, K) and tokens."""
+    told = json.loads(path.read_text())
+    found: dict[str, dict[tuple[int, int], dict[int, GemmConfig]]] = {}
+    for scheme, shapes in told["gemm"].items():
+        for shape, launches in shapes.items():
+            n, k = map(int, shape.split("x"))
+            found.setdefault(scheme, {})[n, k] = {
+                int(tokens): GemmConfig(**dict(zip(told["fields"], values, strict=True)))
+                for tokens, values in launches.items()
+            }
+    return found
+
+
+@cache
+def tuned_launch(name: str, scheme: str, M: int, N: int, K: int) -> GemmConfig | None:
+    """The launch of the table `name` for the nearest shape and token count, None without one."""
+    shapes = _table(name).get(scheme) or _table(name).get(scheme.removesuffix("-tiled"), {})
+    distance = {
+        (n, k): abs(math.log2(N / n)) + abs(math.log2(K / k)) for n, k in shapes
+    }  # fmt: skip
+    nearest = min(distance, key=distance.__getitem__, default=None)
+    if nearest is None or distance[nearest] > 1:
+        return None
+    launches = shapes[nearest]
+    return launches[min((m for m in launches if m >= M), default=max(launches))]

@@ -28,6 +28,7 @@ from .activations import group_sums
 from .errors import FormatError
 from .launch import (
     GemmConfig,
+    constant,
     device_facts,
     early_launch,
     gdc_launch_dependents,
@@ -47,6 +48,10 @@ _ACCEPTS = {
     Format.HI4: (torch.int8,),
 }
 _MOST_BLOCKS = 4096
+_TUNED_AS = {
+    torch.float32: "", torch.float16: "w4a16", torch.bfloat16: "w4a16",
+    torch.float8_e4m3fn: "w4a8-fp8", torch.int8: "w4a8-int8",
+}  # fmt: skip
 _UNIT = {torch.float8_e4m3fn: 512.0, torch.int8: 1 / 16}
 
 
@@ -82,6 +87,25 @@ def w4_gemm_ref(
     if x_scales is not None:
         out = out * x_scales[:, None]
     return (out if bias is None else out + bias.float()).to(out_dtype)
+
+
+# a line of 128 bytes brought into the L2 cache; nothing waits for it
+_PREFETCH = constant("prefetch.global.L2 [$1]; mov.u32 $0, 0;")
+
+
+@jit
+def _prefetch_tiles(
+    data: tl.tensor, i_n: tl.tensor, i_tile: tl.tensor, N: tl.tensor, K: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+) -> None:  # fmt: skip
+    """Send for the first eight tiles of BLOCK_N rows of a tiled weight."""
+    o_line = tl.arange(0, 4 * BLOCK_N)
+    o_rows = tl.minimum(i_n * (BLOCK_N // 64) + o_line // 256, (N - 1) // 64).to(tl.int64)
+    o_tile = tl.minimum(i_tile + o_line // 32 % 8, K // 128 - 1)
+    p_line = data + o_rows * (32 * K) + o_tile * 4096 + o_line % 32 * 128
+    tl.inline_asm_elementwise(
+        _PREFETCH, "=r,l", [p_line.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1
+    )
 
 
 @jit
@@ -121,13 +145,17 @@ def _w4_gemm_kernel(
     SUM: tl.constexpr = tl.int32 if FORMAT == "hi4" else tl.float32
     HELD: tl.constexpr = SUM if ROWWISE else tl.float32
     TILE: tl.constexpr = 4096 if TILED else 64
+    i_split = tl.program_id(2)
+    first, last = STEPS * i_split // num_splits, STEPS * (i_split + 1) // num_splits
     if EARLY:
         gdc_launch_dependents()
+        if TILED:
+            # no kernel writes weights: theirs may travel while the kernel ahead drains
+            _prefetch_tiles(data, tl.program_id(1), first // PER_TILE, N, K, BLOCK_N)
         gdc_wait()
     o_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     o_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     o_j = tl.arange(0, BLOCK_J)
-    i_split = tl.program_id(2)
     o_row = tl.minimum(o_n, N - 1)
     o_token = tl.minimum(o_m, M - 1).to(tl.int64)
     if TILED:
@@ -138,7 +166,6 @@ def _w4_gemm_kernel(
     p_x = x + o_token[None, :] * stride_x + o_j[:, None]
     p_sums = sums + o_token * (K // SPAN)
     b_acc = tl.zeros((BLOCK_N, BLOCK_M), HELD)
-    first, last = STEPS * i_split // num_splits, STEPS * (i_split + 1) // num_splits
     for i in tl.range(first, last, num_stages=STAGES):
         i_tile, j = i // PER_TILE, (i % PER_TILE) * BLOCK_J
         k = i_tile * 128 + j
@@ -214,8 +241,9 @@ def w4_gemm_triton(
         shifted = True
         zeros, sums = weight.zeros, group_sums(x, min(group, TILE_K), unit=1 / unit)
     config = config or gemm_config(
-        x.device, M=tokens, N=features, K=width, bits=8 * x.element_size()
-    )
+        x.device, M=tokens, N=features, K=width, bits=8 * x.element_size(),
+        scheme="" if shifted else _scheme(x, weight),
+    )  # fmt: skip
     grid = (-(-tokens // config.block_m), -(-features // config.block_n), config.splits)
     partial = arrivals = out  # never touched by a single span
     if config.splits > 1:
@@ -233,6 +261,14 @@ def w4_gemm_triton(
         num_warps=config.num_warps, num_stages=config.num_stages, **early_launch(config.early),
     )  # fmt: skip
     return out
+
+
+def _scheme(x: torch.Tensor, weight: PackedWeight) -> str:
+    """The name under which launches of this product are tuned."""
+    name = _TUNED_AS[x.dtype]
+    if weight.format is Format.HI4:
+        name += "-channel" if weight.group_size == weight.in_features else "-group"
+    return name + "-tiled" * (weight.data.ndim == 4)
 
 
 @cache

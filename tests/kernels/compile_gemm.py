@@ -27,13 +27,14 @@ SCHEMES = {
 
 
 def widening(code: str) -> dict[str, Any]:
-    types = {"data": "*u8", "codes": "*fp8e4nv"}
+    types = {"data": "*u8", "codes": "*u8"}
     types |= dict.fromkeys(("scales", "zeros", "row_scales"), "*fp32")
-    fixed = {"K": WIDTH, "GROUP": 128, "FORMAT": code, "BLOCK_N": widen._BLOCK_N, "ENCODE": False}
+    fixed = {"K": WIDTH, "GROUP": 128, "FORMAT": code, "BLOCK_N": widen._BLOCK_N,
+             "TILED": True, "USE_PTX": True, "ENCODE": False}  # fmt: skip
     return describe(build(widen._dequantize_kernel, types, fixed, 4, 3, even=("N",)))
 
 
-def product_of(scheme: str, config: GemmConfig) -> dict[str, Any]:
+def product_of(scheme: str, config: GemmConfig, *, tiled: bool = False) -> dict[str, Any]:
     """One GEMM, with the lane-instructions of its loop per weight."""
     code, dtype, group = SCHEMES[scheme]
     types = {"x": f"*{dtype}", "data": "*u8", "bias": "*bf16", "out": "*bf16", "unit": "fp32",
@@ -41,7 +42,7 @@ def product_of(scheme: str, config: GemmConfig) -> dict[str, Any]:
     types |= dict.fromkeys(("scales", "zeros", "sums", "x_scales"), "*fp32")
     fixed = {
         "K": WIDTH, "GROUP": group, "FORMAT": code, "SPLIT": config.splits > 1, "SCALED": True,
-        "BIASED": True, "TILED": False, "BLOCK_N": config.block_n, "BLOCK_M": config.block_m,
+        "BIASED": True, "TILED": tiled, "BLOCK_N": config.block_n, "BLOCK_M": config.block_m,
         "BLOCK_J": 64, "STAGES": config.num_stages, "USE_PTX": True, "EARLY": config.early,
         "ZEROS": scheme == "u4-fp8",
     }  # fmt: skip
@@ -53,6 +54,7 @@ def product_of(scheme: str, config: GemmConfig) -> dict[str, Any]:
     # one trip of the loop takes 128 inputs of each row
     result["per_weight"] = result["loop"] * config.num_warps * 32 / (config.block_n * 128)
     # the last wait of a loop body that loads scales by hand would stall on memory
+    result["prefetches"] = built.asm["ptx"].count("prefetch.global.L2")
     result["loads"] = built.asm["ttgir"].split("scf.for")[1].split("scf.yield")[0].count("tt.load")
     return result
 
@@ -64,7 +66,7 @@ def all_gemms() -> dict[str, dict[str, Any]]:
         config = gemm_config(torch.device("cpu"), M=tokens, N=WIDTH, K=WIDTH, bits=bits)
         found[f"{scheme}-{tokens}"] = product_of(scheme, config)
     split = GemmConfig(64, 16, 4, 4, 4, early=True)
-    return found | {"split-early": product_of("sm7-fp8", split)}
+    return found | {"split-early": product_of("sm7-fp8", split, tiled=True)}
 
 
 if __name__ == "__main__":

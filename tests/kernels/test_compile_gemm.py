@@ -68,4 +68,6 @@ def test_instructions_per_weight(compiled, scheme, tokens, limit):
 
 
 def test_split_products_can_start_early(compiled):
+    """And send for their first tiles before they wait: two lines per thread."""
+    assert compiled["split-early"]["prefetches"] == 2
     assert compiled["split-early"]["wgmma"] == {"e4m3": 4}

@@ -13,6 +13,17 @@ def _randn(*shape, dtype, device, seed=0):
     return torch.randn(*shape, generator=rng).to(device, dtype)
 
 
+def _nearly(actual, expected):
+    """The same but for the order in which a row was summed: a last bit here, a step there."""
+    (codes, scales), (wanted, wanted_scales) = actual, expected
+    assert codes.dtype == wanted.dtype
+    torch.testing.assert_close(scales, wanted_scales, rtol=1e-2, atol=0)
+    off = codes.view(torch.uint8) != wanted.view(torch.uint8)
+    assert int(off.sum()) <= 0.01 * off.numel()
+    values, meant = codes.float(), wanted.float()
+    assert torch.all((values - meant).abs() <= 1 + meant.abs() / 8)
+
+
 def _same(actual, expected):
     (codes, scales), (wanted, wanted_scales) = actual, expected
     assert codes.dtype == wanted.dtype and torch.equal(scales, wanted_scales)
@@ -31,7 +42,7 @@ def test_norm_then_quantise(shape, eight, backend):
         normed, total = norm(x, residual, weight, 1e-5)
         *actual, new_residual = run(x, residual, weight, 1e-5, dtype=eight)
         assert torch.equal(new_residual, total)
-        _same(actual, quantize(normed))
+        (_nearly if backend.name == "gpu" else _same)(actual, quantize(normed))
 
 
 @pytest.mark.parametrize("eight", EIGHT, ids=str)
@@ -42,7 +53,8 @@ def test_norm_at_the_start_of_the_stream(eight, backend):
     *actual, new_residual = run(x, None, weight, 1e-5, dtype=eight)
     assert torch.equal(new_residual, x)
     normed = backend.op("norm", "rms_norm")(x, weight, 1e-5)
-    _same(actual, backend.op("activations", EIGHT[eight])(normed))
+    expected = backend.op("activations", EIGHT[eight])(normed)
+    (_nearly if backend.name == "gpu" else _same)(actual, expected)
 
 
 @pytest.mark.parametrize("eight", EIGHT, ids=str)

@@ -21,6 +21,12 @@ SCHEMES = {
 }
 
 
+def _ratio(scheme, backend, out):
+    """A GPU's FP8 product keeps about 14 bits of a sum within one group: 2e-3, not 1e-5."""
+    short = "fp8" in scheme and backend.name == "gpu" and out.dtype == torch.float32
+    return 2e-3 if short else None
+
+
 def _operands(scheme, m, n, k, group_size, dtype, device, seed=0):
     """(x, x_scales, packed, dequantised x, dequantised w)"""
     rng = torch.Generator().manual_seed(seed)
@@ -56,7 +62,8 @@ def test_equals_dequantised_product(scheme, shape, group_size, backend, assert_c
     bias = torch.randn(n, generator=torch.Generator().manual_seed(9)).to(backend.device)
     out = run(x, packed, out_dtype=dtype, x_scales=scales, bias=bias)
     assert out.dtype == dtype
-    assert_close(out, wide @ dense.t() + bias.double().cpu())
+    expected = wide @ dense.t() + bias.double().cpu()
+    assert_close(out, expected, ratio=_ratio(scheme, backend, out))
 
 
 @pytest.mark.parametrize("scheme", ["w4a8-fp8-sm7", "w4a8-int8-hi4"])
@@ -79,7 +86,8 @@ def test_symmetric_weights_in_u4(scheme, backend, assert_close):
         canonical = quantize_weight(weight, group_size=group_size)
         packed = pack(canonical, Format.U4).to(torch.device(backend.device))
         out = run(codes, packed, out_dtype=torch.float32, x_scales=scales)
-        assert_close(out, wide.cpu() @ canonical.dequantize().double().t())
+        expected = wide.cpu() @ canonical.dequantize().double().t()
+        assert_close(out, expected, ratio=_ratio(scheme, backend, out))
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
@@ -93,7 +101,7 @@ def test_splits_of_k(scheme, splits, backend, assert_close):
     )
     outs = [run(x, packed, out_dtype=torch.float32, x_scales=scales, **options) for _ in "12"]
     assert torch.equal(*outs)
-    assert_close(outs[0], wide @ dense.t())
+    assert_close(outs[0], wide @ dense.t(), ratio=_ratio(scheme, backend, outs[0]))
 
 
 def test_int8_products_are_exact(backend):
@@ -143,10 +151,10 @@ def test_no_tokens_and_views(scheme, backend, assert_close):
     assert empty.shape == (0, 20)
     strided = None if scales is None else scales[::2].contiguous()
     out = run(x[::2], packed, out_dtype=torch.float32, x_scales=strided)
-    assert_close(out, wide[::2] @ dense.t())
+    assert_close(out, wide[::2] @ dense.t(), ratio=_ratio(scheme, backend, out))
     column_major = x.t().contiguous().t()
     out = run(column_major, packed, out_dtype=torch.float32, x_scales=scales)
-    assert_close(out, wide @ dense.t())
+    assert_close(out, wide @ dense.t(), ratio=_ratio(scheme, backend, out))
 
 
 def test_refuses_what_it_cannot_multiply(backend):
@@ -192,6 +200,27 @@ def test_ptx_equals_its_portable_twin(scheme, gpu):
         for use_ptx in (False, True)
     ]  # fmt: skip
     assert torch.equal(*outs)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("splits", [1, 3])
+def test_early_launches_change_nothing(splits, gpu):
+    """Each product reads what the one before it wrote; 100 runs agree bit for bit."""
+    x, scales, packed, _, _ = _operands("w4a8-fp8-sm7", 16, 4096, 4096, 128, torch.float32, "cpu")
+    move = torch.device(gpu.device)
+    codes, tiled = x.to(move), packed.to(move).tiled()
+    run, quantize = gpu.op("w4_gemm", "w4_gemm"), gpu.op("activations", "quantize_fp8")
+
+    def chain(early):
+        config, given, told = GemmConfig(64, 16, splits, 4, 4, True, early), codes, scales.to(move)
+        for _ in range(4):
+            out = run(given, tiled, out_dtype=torch.bfloat16, x_scales=told, config=config)
+            given, told = quantize(out)
+        return out
+
+    expected = chain(False)
+    for _ in range(100):
+        assert torch.equal(chain(True), expected)
 
 
 MODEL_SHAPES = [

@@ -1,0 +1,60 @@
+"""Launches that ship with the package: how one is found, and that every one can be launched."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from epd_kernels import launch
+from epd_kernels.launch import GemmConfig, read_launches, tuned_launch
+
+TABLES = sorted(Path(launch.__file__).with_name("tuned").glob("*.json"))
+H200 = "nvidia-h200-triton-3.6"
+
+
+def test_a_table_ships():
+    assert H200 in [path.stem for path in TABLES]
+
+
+@pytest.mark.parametrize("path", TABLES, ids=lambda path: path.stem)
+def test_every_launch_is_one_the_kernel_takes(path):
+    """Tiles of powers of two, at least 64 rows for the tensor core and 16 tokens, no spills."""
+    for shapes in read_launches(path).values():
+        for (n, k), launches in shapes.items():
+            assert n % 64 == k % 128 == 0
+            for config in launches.values():
+                assert config.block_n in (64, 128, 256) and config.block_m in (16, 32, 64, 128)
+                assert config.block_n * config.block_m <= 32 * 32 * 2 * config.num_warps * 2
+                assert 1 <= config.splits <= k // 128 and config.use_ptx
+
+
+def test_nearest_shape_and_bucket():
+    table = read_launches(next(path for path in TABLES if path.stem == H200))
+    exact = table["w4a8-fp8-tiled"][22016, 4096]
+    find = lambda m, n, k: tuned_launch(H200, "w4a8-fp8-tiled", m, n, k)  # noqa: E731
+    for tokens, bucket in ((1, 16), (16, 16), (17, 32), (128, 128), (10**6, 640)):
+        assert find(tokens, 22016, 4096) == exact[bucket]
+    assert find(64, 20480, 4096) == exact[64]
+    assert find(64, 1024, 4096) is None
+    assert find(16, 4096, 14336) == table["w4a8-fp8-tiled"][4096, 11008][16]
+
+
+def test_row_major_launches_serve_tiles_that_were_not_tuned():
+    table = read_launches(next(path for path in TABLES if path.stem == H200))
+    expected = table["w4a8-int8-group"][22016, 4096][64]
+    assert tuned_launch(H200, "w4a8-int8-group-tiled", 64, 22016, 4096) == expected
+
+
+def test_without_a_table():
+    assert tuned_launch("another-device", "w4a8-fp8", 16, 22016, 4096) is None
+    assert tuned_launch(H200, "", 16, 22016, 4096) is None
+
+
+def test_launches_are_read_by_field_name(tmp_path):
+    path = tmp_path / "table.json"
+    path.write_text(
+        '{"fields": ["block_m", "block_n", "splits", "num_warps", "num_stages"],'
+        ' "gemm": {"s": {"64x128": {"16": [16, 64, 2, 4, 3]}}}}'
+    )
+    assert read_launches(path) == {"s": {(64, 128): {16: GemmConfig(64, 16, 2, 4, 3)}}}
