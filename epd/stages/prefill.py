@@ -150,17 +150,18 @@ class PrefillStage:
         if self._loop.attempts.get(request.request_id) != request.attempt:
             return None
         try:
-            chosen = [self._choose(waiting, item) for item in range(len(request.items))]
+            chosen = self._choose(waiting)
             kept = [one for _, one in chosen]
             self._loop.core.add(self._sequence(waiting, kept), [tokens for tokens, _ in chosen])
         except Exception as error:
             return lambda e=error: self._loop.fail(request.request_id, e, retryable=False)  # type: ignore[misc]
         return None
 
-    def _choose(self, waiting: _Waiting, item: int) -> tuple[torch.Tensor, KeptTokens | None]:
-        request = waiting.request
-        query = request.queries[item] if item < len(request.queries) else ""
-        return self._selector.select(waiting.tokens[item], request.pruning, query, request.budget)
+    def _choose(self, waiting: _Waiting) -> list[tuple[torch.Tensor, KeptTokens | None]]:
+        request, count = waiting.request, len(waiting.request.items)
+        queries = (request.queries + [""] * count)[:count]
+        images = [waiting.tokens[item] for item in range(count)]
+        return self._selector.select_all(images, request.pruning, queries, request.budget)
 
     def _sequence(self, waiting: _Waiting, kept: list[KeptTokens | None]) -> NewSequence:
         request, pruning = waiting.request, waiting.request.pruning
