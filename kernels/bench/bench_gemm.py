@@ -174,6 +174,7 @@ def main() -> None:
     else:
         deadline = time.monotonic() + args.seconds
         results = Results(args.output, measure_roofs(), Windows(5, 10.0), quiet=True)
+        results.write_roofs()
         measure(results, Table(args.table), deadline, schemes=args.schemes, tokens=args.tokens)
 
 

@@ -11,7 +11,6 @@ CPU.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -27,8 +26,6 @@ from epd_kernels import (
     add_rms_norm,
     add_rms_norm_quant,
     paged_attention,
-    quantize_fp8,
-    quantize_int8,
     quantize_weight,
     silu_mul,
     silu_mul_quant,
@@ -65,8 +62,9 @@ class Sizes:
         return attention + 3 * self.inner * self.hidden
 
 
-Linear = Callable[[torch.Tensor], torch.Tensor]
-QUANTIZE = {torch.float8_e4m3fn: quantize_fp8, torch.int8: quantize_int8}
+def _eight_bit(linear: nn.Module) -> torch.dtype | None:
+    """The eight-bit dtype of a layer's activations, None where they keep their own."""
+    return linear.activation_dtype if isinstance(linear, QuantLinear) else None
 
 
 class Layer:
@@ -98,30 +96,28 @@ class Layer:
 
     def ffn(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
         """The second half of the layer; what is added to the residual stream after it."""
-        eight = getattr(self.gate_up, "activation_dtype", None)
+        gate_up, down, eight = self.gate_up, self.down, _eight_bit(self.gate_up)
         if eight is None:
             normed, _ = add_rms_norm(x, residual, self.norm, 1e-5)
-            return self.down(silu_mul(self.gate_up(normed)))
+            out: torch.Tensor = down(silu_mul(gate_up(normed)))
+            return out
         codes, scales, _ = add_rms_norm_quant(x, residual, self.norm, 1e-5, dtype=eight)
-        wide = self.gate_up.multiply(codes, scales, dtype=x.dtype)
-        return self.down.multiply(*silu_mul_quant(wide, dtype=eight), dtype=x.dtype)
+        assert isinstance(gate_up, QuantLinear) and isinstance(down, QuantLinear)
+        wide = gate_up.multiply(codes, scales, dtype=x.dtype)
+        return down.multiply(*silu_mul_quant(wide, dtype=eight), dtype=x.dtype)
 
-    def prefill(
-        self,
-        x: torch.Tensor,
-        residual: torch.Tensor,
-        attend: Callable[[torch.Tensor], torch.Tensor],
-    ) -> torch.Tensor:
-        """The whole layer over packed prompts; `attend` is given the queries."""
-        sizes, eight = self.sizes, getattr(self.qkv, "activation_dtype", None)
+    def prefill(self, x: torch.Tensor, residual: torch.Tensor, *, prompts: Prompts) -> torch.Tensor:
+        """The whole layer over packed prompts."""
+        sizes, eight = self.sizes, _eight_bit(self.qkv)
         if eight is None:
             normed, residual = add_rms_norm(x, residual, self.norm, 1e-5)
             qkv = self.qkv(normed)
         else:
             codes, scales, residual = add_rms_norm_quant(x, residual, self.norm, 1e-5, dtype=eight)
+            assert isinstance(self.qkv, QuantLinear)
             qkv = self.qkv.multiply(codes, scales, dtype=x.dtype)
         width = sizes.heads * sizes.dim
-        attended = attend(qkv[:, :width].unflatten(1, (sizes.heads, sizes.dim)))
+        attended = prompts.attend(qkv[:, :width].unflatten(1, (sizes.heads, sizes.dim)))
         return self.ffn(self.out(attended.flatten(1)), residual)
 
     def reference(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
@@ -171,7 +167,7 @@ def dry_run() -> None:
     for scheme in SCHEMES:
         layer = Layer(sizes, scheme, "cpu")
         error = check(layer, scheme, "cpu")
-        out = layer.prefill(*tokens(40, sizes, "cpu"), Prompts(sizes, 2, 20, "cpu").attend)
+        out = layer.prefill(*tokens(40, sizes, "cpu"), prompts=Prompts(sizes, 2, 20, "cpu"))
         assert out.shape == (40, 128)
         print(f"{scheme}  error={error:.1e}  not timed")
 
@@ -200,7 +196,7 @@ def measure(results: Results, schemes: list[str]) -> None:
             ops = 2.0 * 16 * length * sizes.weights + 4.0 * sizes.dim * pairs
             time = results.add(
                 "prefill", scheme, f"16x{length} Llama-3-8B",
-                [partial(layer.prefill, *inputs, prompts.attend)],
+                [partial(layer.prefill, *inputs, prompts=prompts)],
                 num_bytes=held, ops=ops, kind=kind, error=error,
             )  # fmt: skip
             rate = 16 * length / (LAYERS * time.p50 * 1e-6)

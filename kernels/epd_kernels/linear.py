@@ -49,10 +49,10 @@ class QuantLinear(nn.Module):
 
     On a GPU this is one packed GEMM over a weight in tiles. For W4A8-FP8 of 512 tokens or more the
     weight is widened instead, for the length of the call (N * K bytes), and the vendor multiplies.
-    On a CPU the weight is unpacked at first use and kept: as int8 codes for W4A8-INT8 with one group
-    per row, where torch's integer product is exact and (measured with AMX, 2048 x 1024) 2 to 7 times
-    as fast as fp32, and otherwise dequantised, since unpacking at every call costs several times
-    the product.
+    On a CPU the weight is unpacked at first use and kept: as int8 codes for W4A8-INT8 with one
+    group per row, where torch's integer product is exact and (measured with AMX, 2048 x 1024) 2 to
+    7 times as fast as fp32, and otherwise dequantised, since unpacking at every call costs several
+    times the product.
     """
 
     bias: torch.Tensor | None
