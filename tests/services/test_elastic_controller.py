@@ -269,7 +269,7 @@ def _check_calm(outcome: Outcome, *, allowed: int) -> None:
 
 
 def test_what_keeps_misleading_is_followed_ever_more_seldom() -> None:
-    trace = square(3.0, half=15.0, waves=10, seed=5)
+    trace = square(3.0, half=15.0, waves=6, seed=5)
     outcome = simulate(trace, "1E1P6D", times=CPU, balancer=Controller())
     _check_calm(outcome, allowed=3)
 

@@ -58,7 +58,7 @@ def test_decode_steps_that_grow_with_the_batch_are_processor_sharing(use: float)
     tokens, each = 101, 0.01
     rate = use / ((tokens - 1) * each)
     times = replace(FREE, decode_per_sequence=each)
-    outcome = simulate(poisson(rate, 6000, images=0, tokens=tokens), "1E1P1D", times=times)
+    outcome = simulate(poisson(rate, 4000, images=0, tokens=tokens), "1E1P1D", times=times)
     assert outcome.latency == pytest.approx((tokens - 1) * each / (1 - use), rel=0.08)
 
 
