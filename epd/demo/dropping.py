@@ -7,11 +7,12 @@ Dropping works through the attention mask, so positions stay what they were in t
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from epd.demo.scenes import PatchLabels, uniform
 from epd.demo.world import CHARS, MAX_OBJECTS
+from epd_pruning.dpp import greedy_dpp
+from epd_pruning.selection import cosine_matrix
 
 COMPLETE_SHARE = 0.3
 DPP_STRIDE = 4
@@ -20,30 +21,12 @@ HIDING_SHARE, HIDING_CHANCE = 0.45, 0.7
 
 
 @torch.no_grad()
-def greedy_dpp(features: Tensor, count: int) -> Tensor:
-    """The first `count` picks of greedy MAP for a DPP, int64 `[B, count]` in the order of picking.
+def greedy_picks(features: Tensor, count: int) -> Tensor:
+    """The first `count` greedy picks for the cosines of `features` `[B, N, D]`, int64 `[B, count]`.
 
-    The kernel is the cosine similarity of `features` `[B, N, D]`. Each step takes the token with
-    the largest remaining variance and removes its direction from the others (incremental Cholesky,
-    Chen et al. 2018); ties go to the lowest index. Prefixes are the answers for smaller counts.
+    In the order of picking: prefixes are the answers for smaller counts.
     """
-    unit = F.normalize(features.float(), dim=-1)
-    kernel = unit @ unit.transpose(1, 2)
-    batch, num_tokens = kernel.shape[:2]
-    rows = torch.arange(batch, device=kernel.device)
-    variance = torch.ones(batch, num_tokens, device=kernel.device)
-    factors = torch.zeros(batch, num_tokens, count, device=kernel.device)
-    picks = []
-    for step in range(count):
-        largest, pick = variance.max(1, keepdim=True)
-        picks.append(pick)
-        mine = factors[rows, pick[:, 0]]
-        explained = (factors @ mine[..., None])[..., 0]
-        scale = largest.clamp(min=1e-6).rsqrt()
-        factor = (kernel[rows, pick[:, 0]] - explained) * scale
-        factors[:, :, step] = factor
-        variance = (variance - factor * factor).scatter_(1, pick, -1e9)
-    return torch.cat(picks, 1)
+    return greedy_dpp(cosine_matrix(features), count).indices
 
 
 @torch.no_grad()
@@ -98,7 +81,7 @@ def draw_dpp_counts(complete: Tensor, generator: torch.Generator) -> Tensor:
 @torch.no_grad()
 def keep_by_dpp(features: Tensor, kept: Tensor, counts: Tensor) -> Tensor:
     """`kept` `[B, N]`, where every fourth row with a count holds that many greedy DPP picks."""
-    picks = greedy_dpp(features[::DPP_STRIDE], min(DPP_MOST, features.shape[1]))
+    picks = greedy_picks(features[::DPP_STRIDE], min(DPP_MOST, features.shape[1]))
     early = torch.arange(picks.shape[1], device=picks.device) < counts[:, None]
     chosen = torch.zeros_like(kept[::DPP_STRIDE]).scatter(1, picks, early)
     kept = kept.clone()

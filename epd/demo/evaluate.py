@@ -24,7 +24,7 @@ from PIL import Image
 from torch import Tensor
 
 from epd.demo import CHECKPOINT, TEXT_TOWER
-from epd.demo.dropping import greedy_dpp
+from epd.demo.dropping import greedy_picks
 from epd.demo.examples import Example, held_out
 from epd.demo.wording import TYPES
 
@@ -55,7 +55,7 @@ def keep_by_greedy_dpp(ratio: float) -> KeepIndices:
 
     def keep(vision_embeddings: Tensor) -> Tensor:
         count = max(1, round(ratio * vision_embeddings.shape[0]))
-        return greedy_dpp(vision_embeddings[None], count)[0].sort().values
+        return greedy_picks(vision_embeddings[None], count)[0].sort().values
 
     return keep
 

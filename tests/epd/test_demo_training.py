@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from epd.demo.batches import Mix, draw_batch
-from epd.demo.dropping import DPP_STRIDE, greedy_dpp, keep_by_dpp
+from epd.demo.dropping import DPP_STRIDE, greedy_picks, keep_by_dpp
 from epd.demo.glyphs import load_glyphs
 from epd.demo.learner import Learner
 from epd.demo.model import IMAGE, SIZES, build_llava, build_text_tower, build_tokenizer
@@ -132,7 +132,7 @@ def test_row_lengths_are_aligned(tables: TokenTables) -> None:
 
 def test_greedy_dpp_picks_what_brute_force_determinants_pick() -> None:
     features = torch.randn(2, 12, 5, generator=torch.Generator().manual_seed(7)).double()
-    picks = greedy_dpp(features, 4)
+    picks = greedy_picks(features, 4)
     for row in range(2):
         unit = torch.nn.functional.normalize(features[row], dim=-1)
         kernel = unit @ unit.t()
