@@ -11,11 +11,9 @@ from epd.kv.handoff import ModelFacts
 from epd.sequence import Sequence, expand_images, place_kept
 from epd.step import KeptTokens, NewSequence
 from epd_pruning.errors import PruningError
-from epd_pruning.schedule import Schedule, fit_average
+from epd_pruning.schedule import Schedule, fit_like
 
 __all__ = ["take_in"]
-
-_MANY = 1 << 20  # tokens at which a schedule's proportions are read
 
 
 def take_in(
@@ -74,11 +72,8 @@ def _plan_layers(
         )
     if average >= entering or not sequence.text_after_images:
         return
-    shares = tuple(max(count, 0.5) for count in layers.kept(_MANY))
     try:
-        schedule = fit_average(
-            layers.layers, shares, num_tokens=entering, num_layers=num_layers, average=average
-        )
+        schedule = fit_like(layers, num_tokens=entering, num_layers=num_layers, average=average)
     except PruningError as error:
         raise InvalidRequestError(
             f"a layer average of {average:g} vision tokens was asked for; it must be "

@@ -10,7 +10,9 @@ from typing import Any, Literal
 
 from epd_pruning.errors import PruningError
 
-__all__ = ["Schedule", "fit_average"]
+__all__ = ["Schedule", "fit_average", "fit_like"]
+
+_MANY = 1 << 20  # tokens at which the proportions of a schedule are read
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,3 +155,11 @@ def fit_average(
         middle = (low + high + 1) // 2
         low, high = (middle, high) if mean(middle) <= average else (low, middle - 1)
     return scaled(low)
+
+
+def fit_like(layers: Schedule, *, num_tokens: int, num_layers: int, average: float) -> Schedule:
+    """`fit_average` at the places and in the proportions of `layers`."""
+    shares = tuple(max(count, 0.5) for count in layers.kept(_MANY))
+    return fit_average(
+        layers.layers, shares, num_tokens=num_tokens, num_layers=num_layers, average=average
+    )

@@ -11,7 +11,7 @@ from epd_pruning.accounting import DecoderShape, count_tokens, kv_bytes, prefill
 from epd_pruning.adaptinfer import AdaptInfer
 from epd_pruning.errors import PruningError
 from epd_pruning.layer_rivals import FastV, PyramidDrop
-from epd_pruning.schedule import Schedule, fit_average
+from epd_pruning.schedule import Schedule, fit_average, fit_like
 from epd_pruning.sparsevlm import SparseVLM
 
 LLAVA_7B = DecoderShape(32, 4096, 11008, 32, 32, 128)
@@ -149,3 +149,12 @@ def test_kv_bytes_of_llava_7b() -> None:
     for preset, size in (("128", 73), ("64", 41)):
         counts = count_tokens(576, 32, AdaptInfer.presets[f"llava-1.5-7b/{preset}"])
         assert kv_bytes(LLAVA_7B, counts.processed) / mebi == pytest.approx(size, abs=0.5)
+
+
+def test_fit_like_keeps_places_and_proportions():
+    layers = Schedule((0, 1), ratios=(0.4, 0.1), of="original")
+    found = fit_like(layers, num_tokens=400, num_layers=4, average=160)
+    first, second = found.kept(400)
+    assert found.layers == (0, 1)
+    assert first == pytest.approx(4 * second, abs=2)
+    assert (400 + first + 2 * second) / 4 == pytest.approx(160, abs=1)

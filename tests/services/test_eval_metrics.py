@@ -11,7 +11,7 @@ from epd_pruning.errors import PruningError
 from epd_pruning.registry import layer_pruner
 from epd_pruning.schedule import Schedule
 from epd_services.evaluation.answering import Answers
-from epd_services.evaluation.costs import Prompt, average_costs, layer_schedule
+from epd_services.evaluation.costs import Prompt, average_costs
 from epd_services.evaluation.journal import Cell, Tokens
 from epd_services.evaluation.methods import ALL_METHODS, parse_budgets, parse_methods
 from epd_services.evaluation.metrics import (
@@ -171,11 +171,8 @@ def test_joined_methods_let_twice_the_budget_in() -> None:
     assert costs.tokens.processed_average <= 28
 
 
-def test_layer_schedule_keeps_everything_within_the_budget() -> None:
-    layers = Schedule((0, 1), ratios=(0.4, 0.1), of="original")
-    assert layer_schedule(layers, entering=30, average=30, num_layers=4) is None
-    found = layer_schedule(layers, entering=400, average=160, num_layers=4)
-    assert found is not None
-    first, second = found.kept(400)
-    assert first == pytest.approx(4 * second, abs=2)
-    assert (400 + first + 2 * second) / 4 == pytest.approx(160, abs=1)
+def test_a_budget_of_all_tokens_prunes_no_layer() -> None:
+    (method,) = parse_methods("fastv")
+    pruner = layer_pruner("fastv", Schedule((0,), (10,)))
+    costs = average_costs([Prompt((256,), 20, 12)], SHAPE, method, 1.0, layer_pruner=pruner)
+    assert costs.tokens.processed == [256] * 4

@@ -13,7 +13,7 @@ from epd_pruning.accounting import (
     kv_bytes,
     prefill_macs,
 )
-from epd_pruning.schedule import Schedule, fit_average
+from epd_pruning.schedule import Schedule, fit_like
 from epd_services.evaluation.journal import Tokens
 
 if TYPE_CHECKING:
@@ -22,10 +22,7 @@ if TYPE_CHECKING:
     from epd_pruning.layer_base import LayerPruner
     from epd_services.evaluation.methods import Method
 
-__all__ = ["Costs", "Prompt", "average_costs", "layer_schedule", "shape_of"]
-
-# tokens at which the proportions of a schedule are read
-_MANY = 1 << 20
+__all__ = ["Costs", "Prompt", "average_costs", "shape_of"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,20 +52,6 @@ def shape_of(config: DecoderConfig) -> DecoderShape:
         intermediate_size=config.intermediate_size, num_heads=config.num_heads,
         num_kv_heads=config.num_kv_heads, head_dim=config.head_dim,
     )  # fmt: skip
-
-
-def layer_schedule(
-    layers: Schedule, *, entering: int, average: int, num_layers: int
-) -> Schedule | None:
-    """How many of `entering` tokens each stage of `layers` keeps so that a layer processes
-    `average`; None where all may stay. Raises `PruningError` where that is out of reach.
-    """
-    if average >= entering:
-        return None
-    shares = tuple(max(count, 0.5) for count in layers.kept(_MANY))
-    return fit_average(
-        layers.layers, shares, num_tokens=entering, num_layers=num_layers, average=average
-    )
 
 
 def average_costs(
@@ -117,9 +100,11 @@ def _tokens(
     schedule = None
     if layer_pruner is not None:
         average = sum(method.layer_average(size, budget) or 0 for size in prompt.images)
-        schedule = layer_schedule(
-            layer_pruner.schedule, entering=entering, average=average, num_layers=shape.num_layers
-        )
+        if average < entering:
+            schedule = fit_like(
+                layer_pruner.schedule, num_tokens=entering, num_layers=shape.num_layers,
+                average=average,
+            )  # fmt: skip
     return count_tokens(entering, shape.num_layers, schedule), schedule
 
 
