@@ -58,8 +58,12 @@ def test_decode_steps_that_grow_with_the_batch_are_processor_sharing(use: float)
     tokens, each = 101, 0.01
     rate = use / ((tokens - 1) * each)
     times = replace(FREE, decode_per_sequence=each)
-    outcome = simulate(poisson(rate, 4000, images=0, tokens=tokens), "1E1P1D", times=times)
-    assert outcome.latency == pytest.approx((tokens - 1) * each / (1 - use), rel=0.08)
+    latencies = [
+        simulate(poisson(rate, 2000, images=0, tokens=tokens, seed=seed), "1E1P1D", times=times)
+        .latency
+        for seed in range(4)
+    ]  # fmt: skip
+    assert fmean(latencies) == pytest.approx((tokens - 1) * each / (1 - use), rel=0.08)
 
 
 def test_a_lone_request_takes_the_sum_of_its_stages() -> None:
