@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 __all__ = ["SingleFlight"]
 
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.005, 0.05
+_CANCEL_AGAIN = 0.1
 
 
 @dataclass(slots=True)
@@ -140,8 +141,7 @@ class SingleFlight:
             yield await self._look(key)
         finally:
             if renewal is not None:
-                renewal.cancel()
-                await asyncio.gather(renewal, return_exceptions=True)
+                await _end(renewal)
             await self._cache.unclaim(key)
 
     async def _wait_for_claim(self, key: str) -> bool:
@@ -164,3 +164,10 @@ class SingleFlight:
         while True:
             await self._sleep(self._claim_ttl / 3)
             await self._cache.renew(key, self._claim_ttl)
+
+
+async def _end(task: asyncio.Task[None]) -> None:
+    """Cancel until it ends: a client that loses its connection may swallow a cancellation."""
+    while not task.done():
+        task.cancel()
+        await asyncio.wait([task], timeout=_CANCEL_AGAIN)

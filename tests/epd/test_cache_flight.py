@@ -225,6 +225,41 @@ def test_a_value_that_appears_just_before_our_claim_is_used() -> None:
     run(main())
 
 
+class SwallowingRenewals(MemoryCache):
+    """Loses the first cancellation, as a client may whose connection breaks at that moment."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.renewing = asyncio.Event()
+        self.swallowed = 0
+
+    async def renew(self, key: str, ttl: float) -> None:
+        self.renewing.set()
+        try:
+            await asyncio.sleep(60)
+        except asyncio.CancelledError:
+            self.swallowed += 1
+            if self.swallowed > 1:
+                raise
+
+
+def test_closing_ends_a_renewal_that_lost_its_cancellation() -> None:
+    async def main() -> None:
+        cache, produce = SwallowingRenewals(), Producer()
+        flight = SingleFlight(cache, claim_ttl=0.03)
+        produce.gate.clear()
+        caller = asyncio.create_task(flight.run("k", produce))
+        await cache.renewing.wait()
+        async with asyncio.timeout(5):
+            await flight.close()
+        with pytest.raises(UnavailableError):
+            await caller
+        assert cache.swallowed >= 1
+        assert await cache.claim("k", 1.0), "the claim was given back"
+
+    run(main())
+
+
 def test_a_stuck_owner_elsewhere_delays_but_does_not_block() -> None:
     async def main() -> None:
         cache, produce = MemoryCache(), Producer()
