@@ -23,6 +23,7 @@ from torch.nn import functional
 from epd_kernels import dequantize_fp8, quantize_fp8, w4_gemm, w4a8_fp8_large
 from epd_kernels.launch import GemmConfig, read_launches
 from epd_kernels.w4_dequant import fp8_row_scales
+from epd_kernels.w4_widen import w4a16_large
 
 WIDENED_FROM = 128  # tokens, below which widening the weight first is not worth a measurement
 
@@ -54,6 +55,14 @@ def widened(case: Case, x: torch.Tensor) -> Variant:
     # the FP8 weight is written once and read once
     moved = case.num_bytes(codes) + 2 * case.shape[0] * case.shape[1]
     return Variant([partial(run, packed) for packed in case.copies], moved, "fp8", error)
+
+
+def widened_16(case: Case, x: torch.Tensor) -> Variant:
+    """The same in 16 bits."""
+    error = relative_error(w4a16_large(x, case.packed), case.expected(x, None))
+    moved = case.num_bytes(x) + 4 * case.shape[0] * case.shape[1]
+    return Variant([partial(w4a16_large, x, packed) for packed in case.copies], moved, "bf16",
+                   error)  # fmt: skip
 
 
 def widening(case: Case) -> Variant:
@@ -114,6 +123,8 @@ def dry_run() -> None:
             print(f"{scheme.name}  M={m} N=64 K=256  error={error:.1e}  not timed")
         error = widened(Case(SCHEMES["w4a8-fp8"], weight), x).error
         print(f"w4a8-fp8-widened  M={m} N=64 K=256  error={error:.1e}  not timed")
+        error = widened_16(Case(SCHEMES["w4a16"], weight), x).error
+        print(f"w4a16-widened  M={m} N=64 K=256  error={error:.1e}  not timed")
 
 
 def measure(
@@ -139,6 +150,8 @@ def measure(
             }
             if m >= WIDENED_FROM:
                 variants["w4a8-fp8-widened"] = widened(wide, x)
+                if "w4a16" in cases:
+                    variants["w4a16-widened"] = widened_16(cases["w4a16"], x)
             for name, case in cases.items():
                 if m > 2048 and "w4a8-int8-channel" not in name:
                     continue

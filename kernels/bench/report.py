@@ -1,4 +1,4 @@
-"""Turn measured GEMMs into a table and a plot: `python report.py RESULTS.csv [--plot FILE.png]`.
+"""Turn measured GEMMs into a table and a plot: `python report.py RESULTS.csv`.
 
 Where a file holds a cell twice the later row counts. The table has, for each shape and token count,
 microseconds of each implementation and how many times as fast as the vendor's bf16 product it is;
@@ -18,10 +18,11 @@ Row = dict[str, str]
 COLUMNS = {
     "bf16": "bf16", "fp8-fast": "FP8", "w4a8-fp8-tiled": "W4A8-FP8",
     "w4a8-fp8-widened": "W4A8-FP8, widened", "w4a8-int8-channel-tiled": "W4A8-INT8, per row",
-    "w4a8-int8-group": "W4A8-INT8, groups", "w4a16": "W4A16",
+    "w4a8-int8-group": "W4A8-INT8, groups", "w4a16": "W4A16", "w4a16-widened": "W4A16, widened",
 }  # fmt: skip
 # a first measurement had these under other names
 OLDER = {"fp8-fast": "fp8", "w4a8-int8-channel-tiled": "w4a8-int8-channel"}
+_REGION = re.compile(r"(<!-- table: gemm -->\n).*?(<!-- end -->)", re.DOTALL)
 PLOTTED = ("22016x4096", "28672x4096")
 
 
@@ -76,7 +77,7 @@ def plot(rows: dict[tuple[str, str, str], Row], path: Path) -> None:
     found = shapes(rows)
     for axis, shape in zip(axes, PLOTTED, strict=True):
         _roofs(axis, rows)
-        for (impl, label), marker in zip(COLUMNS.items(), "osD^vPX", strict=True):
+        for (impl, label), marker in zip(COLUMNS.items(), "osD^vPX*", strict=True):
             points = [
                 (float(row["tflops"]) / float(row["tb_per_s"]), float(row["tflops"]), m)
                 for m, told in sorted(found.get(shape, {}).items())
@@ -114,9 +115,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("results", type=Path)
     parser.add_argument("--plot", type=Path)
+    parser.add_argument("--page", type=Path, help="a page whose region takes the table")
     args = parser.parse_args()
     rows = cells(args.results)
-    print(table(rows))
+    text = table(rows)
+    if args.page:
+        page = args.page.read_text()
+        page, found = _REGION.subn(lambda m: f"{m[1]}\n{text}\n\n{m[2]}", page)
+        if not found:
+            raise SystemExit(f"{args.page} has no region for the table")
+        args.page.write_text(page)
+    else:
+        print(text)
     if args.plot:
         plot(rows, args.plot)
 

@@ -34,20 +34,21 @@ SHORT = Windows(5, 3.0)
 def candidates(m: int, bits: int) -> list[GemmConfig]:
     """The launches worth trying for `m` tokens; K is only split where tiles are few.
 
-    Three and more spans of K also even out how many tiles a multiprocessor is given.
+    Three and more spans of K also even out how many tiles a multiprocessor is given. With s stages
+    loads are s - 2 steps ahead of their use.
     """
     if m <= 16:
         tiles = [(64, 16, 4), (128, 16, 4), (256, 16, 8)]
-        grid = product(tiles, (1, 2, 3, 4, 6), (4, 6))
+        grid = product(tiles, (1, 2, 3, 4, 6), (4, 6, 8))
     elif m <= 32:
         tiles = [(64, 32, 4), (128, 32, 4)]
-        grid = product(tiles, (1, 2, 3, 4), (3, 4))
+        grid = product(tiles, (1, 2, 3, 4), (4, 6))
     elif m <= 64:
         tiles = [(64, 64, 4), (128, 64, 4), (128, 64, 8), (256, 64, 8)]
-        grid = product(tiles, (1, 2, 3, 4), (3, 4))
+        grid = product(tiles, (1, 2, 4), (4, 6))
     elif m <= 128:
-        tiles = [(64, 128, 4), (64, 64, 4), (128, 64, 4), (128, 128, 8), (256, 64, 8)]
-        grid = product(tiles, (1, 2, 4), (3, 4))
+        tiles = [(64, 128, 4), (64, 64, 4), (128, 64, 4), (128, 128, 8)]
+        grid = product(tiles, (1, 2, 4), (3, 4, 6))
     else:
         tiles = [(64, 128, 4), (128, 128, 8), (128, 64, 4), (256, 64, 8)]
         grid = product(tiles, (1, 2) if m <= 256 else (1,), (3, 4))

@@ -14,6 +14,7 @@ from .launch import device_facts
 from .packing import Format, QuantWeight, pack
 from .w4_dequant import fp8_row_scales, w4a8_fp8_large
 from .w4_gemm import w4_gemm
+from .w4_widen import w4a16_large
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -47,8 +48,9 @@ def _format(weight: QuantWeight, scheme: Scheme) -> Format:
 class QuantLinear(nn.Module):
     """y = x W^T + bias with W in four bits; activations are quantised per token as `scheme` says.
 
-    On a GPU this is one packed GEMM over a weight in tiles. For W4A8-FP8 of 512 tokens or more the
-    weight is widened instead, for the length of the call (N * K bytes), and the vendor multiplies.
+    On a GPU this is one packed GEMM over a weight in tiles. From 512 tokens on the
+    weight is widened instead, to FP8 or for W4A16 to 16 bits, for the length of the call (N * K
+    elements), and the vendor multiplies; W4A8-INT8 stays with the packed GEMM.
     On a CPU the weight is unpacked at first use and kept: as int8 codes for W4A8-INT8 with one
     group per row, where torch's integer product is exact and (measured with AMX, 2048 x 1024) 2 to
     7 times as fast as fp32, and otherwise dequantised, since unpacking at every call costs several
@@ -92,7 +94,7 @@ class QuantLinear(nn.Module):
         `add_rms_norm_quant` and `silu_mul_quant`, or floats without scales.
         """
         if codes.is_cuda:
-            if scales is not None and self._is_widened(codes):
+            if self._is_widened(codes):
                 return self._widened(codes, scales, dtype)
             return w4_gemm(codes, self.weight, out_dtype=dtype, x_scales=scales, bias=self.bias)
         if scales is None:
@@ -106,12 +108,17 @@ class QuantLinear(nn.Module):
 
     def _is_widened(self, codes: torch.Tensor) -> bool:
         """Whether the vendor's product over a widened weight is the faster one, and takes it."""
-        fits = codes.dtype == torch.float8_e4m3fn and self.out_features % 16 == 0
-        return fits and len(codes) >= _WIDENED_FROM and device_facts(codes.device).arch >= 90
+        if len(codes) < _WIDENED_FROM or device_facts(codes.device).arch < 90:
+            return False
+        if codes.dtype == torch.float8_e4m3fn:
+            return self.out_features % 16 == 0
+        return codes.dtype in (torch.float16, torch.bfloat16)
 
     def _widened(
-        self, codes: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype
+        self, codes: torch.Tensor, scales: torch.Tensor | None, dtype: torch.dtype
     ) -> torch.Tensor:
+        if scales is None:
+            return w4a16_large(codes, self.weight, bias=self.bias).to(dtype)
         if self._row_scales is None:
             self._row_scales = fp8_row_scales(self.weight)
         return w4a8_fp8_large(

@@ -14,6 +14,7 @@ from compile_for_hopper import build, describe
 from epd_kernels.launch import GemmConfig, gemm_config
 
 gemm = importlib.import_module("epd_kernels.w4_gemm")
+widen_16 = importlib.import_module("epd_kernels.w4_widen")
 widen = importlib.import_module("epd_kernels.w4_dequant")
 
 WIDTH = 4096
@@ -32,6 +33,12 @@ def widening(code: str) -> dict[str, Any]:
     fixed = {"K": WIDTH, "GROUP": 128, "FORMAT": code, "BLOCK_N": widen._BLOCK_N,
              "TILED": True, "USE_PTX": True, "ENCODE": False}  # fmt: skip
     return describe(build(widen._dequantize_kernel, types, fixed, 4, 3, even=("N",)))
+
+
+def widening_16() -> dict[str, Any]:
+    types = {"data": "*u8", "scales": "*fp32", "zeros": "*fp32", "out": "*bf16"}
+    fixed = {"K": WIDTH, "WIDTH": WIDTH, "GROUP": 128, "BLOCK_N": 64, "TILED": True}
+    return describe(build(widen_16._widen_kernel, types, fixed, 4, 3, even=("N",)))
 
 
 def product_of(scheme: str, config: GemmConfig, *, tiled: bool = False) -> dict[str, Any]:
@@ -61,6 +68,7 @@ def product_of(scheme: str, config: GemmConfig, *, tiled: bool = False) -> dict[
 
 def all_gemms() -> dict[str, dict[str, Any]]:
     found = {f"dequantize-{code}": widening(code) for code in ("u4", "sm7")}
+    found["dequantize-wide"] = widening_16()
     for scheme, tokens in product(SCHEMES, (16, 64, 128)):
         bits = 16 if "bf16" in scheme else 8
         config = gemm_config(torch.device("cpu"), M=tokens, N=WIDTH, K=WIDTH, bits=bits)
