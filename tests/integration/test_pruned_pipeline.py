@@ -179,8 +179,8 @@ def test_a_budget_of_the_whole_image_is_the_identity(
     def never(*_: Any, **__: Any) -> None:
         raise AssertionError("a pruner ran")
 
-    monkeypatch.setattr(TokenPruner, "prepare", never)
-    monkeypatch.setattr(TokenPruner, "select", never)
+    monkeypatch.setattr(TokenPruner, "prepare_all", never)
+    monkeypatch.setattr(TokenPruner, "select_all", never)
     dense = Ask("what is it?", [1])
     ask = Ask("what is it?", [1], method="script", keep=keep)
     assert ask.expected(llm) == dense.expected(llm)

@@ -10,6 +10,7 @@ import torch
 from epd_pruning import available, token_pruner
 from epd_pruning.base import TokenPruner, VisionInputs
 from epd_pruning.registry import fingerprint
+from epd_pruning.relevance import RelevanceOnly
 
 VARIANTS: dict[str, tuple[str, dict[str, object]]] = {
     **{name: (name, {}) for name in available()},
@@ -104,6 +105,15 @@ def test_a_larger_pool_gives_what_a_cold_run_gives_where_promised(name: str) -> 
         assert torch.equal(kept, pruner.prune(inputs, num_kept))
 
 
+def test_neighbours_in_a_batch_change_nothing(variant: str) -> None:
+    pruner, counts = build(variant), [16, 16, 9, 20]
+    images = [image(variant, seed, size) for seed, size in enumerate((64, 64, 36, 64))]
+    alone = [pruner.prune(inputs, k) for inputs, k in zip(images, counts, strict=True)]
+    pools = pruner.prepare_all(images, counts)
+    chosen = pruner.select_all(pools, counts, queries=[inputs.query for inputs in images])
+    assert all(torch.equal(one, other) for one, other in zip(alone, chosen, strict=True))
+
+
 def follows_a_permutation(variant: str, seed: int) -> bool:
     pruner, inputs = build(variant), image(variant, seed)
     order = torch.randperm(64, generator=torch.Generator().manual_seed(seed))
@@ -127,14 +137,45 @@ def test_scaling_the_embeddings_changes_no_choice(variant: str) -> None:
     assert torch.equal(build(variant).prune(scaled, 16), build(variant).prune(inputs, 16))
 
 
-def test_bf16_embeddings_change_few_choices(variant: str) -> None:
-    pruner = build(variant)
-    shared = 0
+def rounded(x: torch.Tensor, code: str) -> torch.Tensor:
+    """`x` as it comes back from 16 bits, or from 8 with a scale per row."""
+    if code in ("bfloat16", "float16"):
+        return x.to(getattr(torch, code))
+    scale = x.abs().amax(-1, keepdim=True) / (448 if code == "float8_e4m3fn" else 127)
+    codes = x / scale
+    codes = codes.round() if code == "int8" else codes.to(torch.float8_e4m3fn).float()
+    return codes * scale
+
+
+@pytest.mark.parametrize(
+    ("code", "least"),
+    [("float16", 0.99), ("bfloat16", 0.85), ("int8", 0.9), ("float8_e4m3fn", 0.75)],
+)
+def test_rounded_embeddings_change_few_choices(variant: str, code: str, least: float) -> None:
+    """The mean Jaccard index of the tokens kept with those of fp32 embeddings."""
+    pruner, overlap = build(variant), 0.0
     for seed in range(6):
         inputs = image(variant, seed)
-        half = replace(inputs, embeddings=inputs.embeddings.bfloat16())
-        shared += len(set(pruner.prune(inputs, 16).tolist()) & set(pruner.prune(half, 16).tolist()))
-    assert shared >= 0.85 * 6 * 16
+        coarse = replace(inputs, embeddings=rounded(inputs.embeddings, code))
+        one, other = (set(pruner.prune(i, 16).tolist()) for i in (inputs, coarse))
+        overlap += len(one & other) / len(one | other) / 6
+    assert overlap >= least
+
+
+@pytest.mark.parametrize("code", ["int8", "float8_e4m3fn"])
+def test_rounding_flips_only_what_scores_like_the_last_one_kept(code: str) -> None:
+    pruner, flips = RelevanceOnly(), 0
+    for seed in range(30):
+        inputs = image("relevance", seed, 576)
+        assert inputs.aligned is not None
+        coarse = replace(inputs, aligned=rounded(inputs.aligned, code).float())
+        one, other = (set(pruner.prune(i, 64).tolist()) for i in (inputs, coarse))
+        exact, near = pruner.relevance(inputs), pruner.relevance(coarse)
+        last, error = exact.topk(64).values[-1], (exact - near).abs().max()
+        for flipped in one ^ other:
+            assert abs(exact[flipped] - last) <= 2 * error + 1e-6
+        flips += len(one ^ other)
+    assert flips > 0
 
 
 def test_missing_tensors_are_named(variant: str) -> None:

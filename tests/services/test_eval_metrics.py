@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import csv
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -110,6 +113,23 @@ def test_rows_flag_what_reads_worse_than_random() -> None:
     assert made["good", 0.5]["macs"] == 110
     assert made["good", 0.5]["processed_share"] == pytest.approx(3 / 8)
     assert [row["budget"] for row in rows(result)] == [1.0, 0.5, 0.5, 0.5, 0.5, 0.25]
+
+
+CONTROLS = ("random", "uniform_stride", "low_resolution")
+
+
+def test_a_table_of_all_methods_has_every_control() -> None:
+    assert set(CONTROLS) <= {method.name for method in parse_methods("all")}
+
+
+def test_the_published_table_has_every_control_and_script_reads_better_than_random() -> None:
+    with (Path(__file__).parents[2] / "docs/eval/scenes.csv").open(newline="") as file:
+        gates = {(r["method"], float(r["budget"])): r["gate"] for r in csv.DictReader(file)}
+    budgets = {budget for _, budget in gates if budget < 1}
+    assert len(budgets) == 3
+    assert {(name, budget) for name in CONTROLS for budget in budgets} <= gates.keys()
+    assert [gates["script", budget] for budget in budgets] == ["reads"] * 3
+    assert "fails text" in gates.values()
 
 
 def test_methods_are_parsed_with_their_parameters() -> None:
