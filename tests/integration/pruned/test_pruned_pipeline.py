@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any
 
@@ -12,74 +11,15 @@ import msgspec
 import numpy as np
 import pytest
 
-from epd import LLM, SamplingParams
+from epd import LLM
 from epd.cache.memory import MemoryCache
 from epd.config import EngineConfig
 from epd.demo import CHECKPOINT
 from epd.demo.examples import held_out
-from epd.models.tiny import write_tiny_llava, write_tiny_text_tower
-from epd.pruning_spec import PruningSpec
 from epd.request import Usage
 from epd_pruning.base import TokenPruner
 from epd_pruning.registry import available
 from epd_services.local_pipeline import LocalPipeline
-
-CONFIG = EngineConfig(num_blocks=128, max_batched_tokens=64, max_num_seqs=32)
-TOKENS = 12
-_ids = itertools.count()
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny checkpoint of 64 vision tokens with a text tower."""
-    path = tmp_path_factory.mktemp("tiny")
-    write_tiny_llava(path, seed=3, image_size=56)
-    write_tiny_text_tower(path, seed=4)
-    return path
-
-
-@pytest.fixture(scope="module")
-def llm(model: Path) -> LLM:
-    return LLM(model, config=CONFIG)
-
-
-def picture(seed: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    """Blobs of colour: neighbouring tokens are alike, as in a photograph."""
-    rng = np.random.default_rng(seed)
-    coarse = rng.integers(0, 256, (4, 5, 3), np.uint8)
-    return np.kron(coarse, np.ones((12, 9, 1), np.uint8)).astype(np.uint8)
-
-
-class Ask:
-    """One question about pictures, for the pipeline and for the oracle."""
-
-    def __init__(self, question: Any, images: list[Any], tokens: int = 12, **spec: Any) -> None:
-        self.question = question
-        self.images = [picture(i) if isinstance(i, int) else i for i in images]
-        self.spec = PruningSpec.parse(spec) if spec else None
-        self.sampling = SamplingParams(max_tokens=tokens, ignore_eos=True)
-
-    def expected(self, llm: LLM) -> list[int]:
-        done = llm.chat(
-            self.question, images=self.images, sampling=self.sampling, pruning=self.spec
-        )
-        return done.token_ids
-
-    async def answer(self, pipeline: LocalPipeline) -> tuple[list[int], Usage]:
-        request = pipeline.submission(
-            self.question, self.images, sampling=self.sampling, pruning=self.spec
-        )
-        tokens, last = await pipeline.run(request)
-        assert last.usage is not None
-        return [token.token_id for token in tokens], last.usage
-
-
-def go(work: Coroutine[object, object, None]) -> None:
-    async def bounded() -> None:
-        async with asyncio.timeout(60):
-            await work
-
-    asyncio.run(bounded())
 
 
 def handed_on(pipeline: LocalPipeline, stage: str) -> int:
@@ -98,15 +38,15 @@ SPECS: list[dict[str, Any]] = [{"method": name, "keep": 12} for name in availabl
 
 @pytest.mark.parametrize("topology", ["1E1P1D", "1EPD"])
 def test_every_method_gives_the_oracles_tokens_cold_and_warm(
-    model: Path, llm: LLM, topology: str
+    model: Path, llm: LLM, topology: str, config: EngineConfig, asking: Any, go: Any
 ) -> None:
-    asks = [Ask("what is it?", [1], **spec) for spec in SPECS]
-    asks += [Ask("how many are there?", [1, 2], **spec) for spec in SPECS[-5:]]
+    asks = [asking("what is it?", [1], **spec) for spec in SPECS]
+    asks += [asking("how many are there?", [1, 2], **spec) for spec in SPECS[-5:]]
     expected = [ask.expected(llm) for ask in asks]
     assert len({tuple(ids) for ids in expected}) > len(asks) // 2
 
     async def run() -> None:
-        async with LocalPipeline(str(model), topology, config=CONFIG) as pipeline:
+        async with LocalPipeline(str(model), topology, config=config) as pipeline:
             for _ in range(2):
                 results = await asyncio.gather(*(ask.answer(pipeline) for ask in asks))
                 assert [ids for ids, _ in results] == expected
@@ -118,10 +58,12 @@ def test_every_method_gives_the_oracles_tokens_cold_and_warm(
     go(run())
 
 
-def test_interleaved_questions_and_budgets_equal_cold_runs(model: Path) -> None:
+def test_interleaved_questions_and_budgets_equal_cold_runs(
+    model: Path, config: EngineConfig, asking: Any, go: Any
+) -> None:
     """Same image, two questions, two budgets, dense between them: nobody sees another's tokens."""
     asks = [
-        Ask(question, seeds, **spec)
+        asking(question, seeds, **spec)
         for question in ("what is left?", "what is red?")
         for seeds in ([1], [1, 2], [2, 1])
         for spec in (
@@ -129,11 +71,11 @@ def test_interleaved_questions_and_budgets_equal_cold_runs(model: Path) -> None:
             {"method": "cdpruner", "keep": 6}, {"method": "script", "keep": 6, "turns": "sticky"},
         )
     ]  # fmt: skip
-    cold = [ask.expected(LLM(model, config=CONFIG)) for ask in asks]
+    cold = [ask.expected(LLM(model, config=config)) for ask in asks]
     order = np.random.default_rng(0).permutation(len(asks) * 2) % len(asks)
 
     async def run() -> None:
-        async with LocalPipeline(str(model), "2E1P1D", config=CONFIG) as pipeline:
+        async with LocalPipeline(str(model), "2E1P1D", config=config) as pipeline:
             results = []
             for start in range(0, len(order), 10):
                 some = order[start : start + 10]
@@ -145,11 +87,13 @@ def test_interleaved_questions_and_budgets_equal_cold_runs(model: Path) -> None:
     go(run())
 
 
-def test_bytes_on_the_wire_and_in_the_cache_fall_with_the_budget(model: Path) -> None:
+def test_bytes_on_the_wire_and_in_the_cache_fall_with_the_budget(
+    model: Path, config: EngineConfig, asking: Any, go: Any
+) -> None:
     async def cost(spec: dict[str, Any]) -> tuple[int, int, int]:
         cache = MemoryCache()
-        async with LocalPipeline(str(model), "1E1P1D", config=CONFIG, cache=cache) as pipeline:
-            await Ask("what is it?", [1], **spec).answer(pipeline)
+        async with LocalPipeline(str(model), "1E1P1D", config=config, cache=cache) as pipeline:
+            await asking("what is it?", [1], **spec).answer(pipeline)
             return handed_on(pipeline, "E"), handed_on(pipeline, "P"), cache.counters.stored_bytes
 
     async def run() -> None:
@@ -174,19 +118,25 @@ def test_bytes_on_the_wire_and_in_the_cache_fall_with_the_budget(model: Path) ->
 
 @pytest.mark.parametrize("keep", [64, 1.0, 0.999, 5000])
 def test_a_budget_of_the_whole_image_is_the_identity(
-    model: Path, llm: LLM, keep: int | float, monkeypatch: pytest.MonkeyPatch
+    model: Path,
+    llm: LLM,
+    keep: int | float,
+    monkeypatch: pytest.MonkeyPatch,
+    config: EngineConfig,
+    asking: Any,
+    go: Any,
 ) -> None:
     def never(*_: Any, **__: Any) -> None:
         raise AssertionError("a pruner ran")
 
     monkeypatch.setattr(TokenPruner, "prepare_all", never)
     monkeypatch.setattr(TokenPruner, "select_all", never)
-    dense = Ask("what is it?", [1])
-    ask = Ask("what is it?", [1], method="script", keep=keep)
+    dense = asking("what is it?", [1])
+    ask = asking("what is it?", [1], method="script", keep=keep)
     assert ask.expected(llm) == dense.expected(llm)
 
     async def run() -> None:
-        async with LocalPipeline(str(model), "1E1P1D", config=CONFIG) as pipeline:
+        async with LocalPipeline(str(model), "1E1P1D", config=config) as pipeline:
             ids, usage = await ask.answer(pipeline)
             assert ids == dense.expected(llm)
             assert (usage.image_tokens, usage.image_tokens_before) == (64, 64)
@@ -195,13 +145,15 @@ def test_a_budget_of_the_whole_image_is_the_identity(
     go(run())
 
 
-def test_text_alone_is_untouched(model: Path, llm: LLM) -> None:
+def test_text_alone_is_untouched(
+    model: Path, llm: LLM, config: EngineConfig, asking: Any, go: Any
+) -> None:
     async def run() -> None:
-        async with LocalPipeline(str(model), "1E1P1D", config=CONFIG) as pipeline:
+        async with LocalPipeline(str(model), "1E1P1D", config=config) as pipeline:
             await pipeline.kill("w0-E")
-            ask = Ask("what is it?", [], method="script", keep=4)
+            ask = asking("what is it?", [], method="script", keep=4)
             ids, usage = await ask.answer(pipeline)
-            assert ids == Ask("what is it?", []).expected(llm) == ask.expected(llm)
+            assert ids == asking("what is it?", []).expected(llm) == ask.expected(llm)
             assert usage.image_tokens == usage.image_tokens_before == 0
 
     go(run())
@@ -215,14 +167,14 @@ TURNS = [
 
 
 def test_sticky_turns_find_the_first_turns_tokens_and_reselect_does_not(
-    model: Path, llm: LLM
+    model: Path, llm: LLM, config: EngineConfig, asking: Any, go: Any
 ) -> None:
-    def talk(turns: str) -> list[Ask]:
+    def talk(turns: str) -> list[Any]:
         spec = {"method": "script", "keep": 16, "turns": turns}
-        return [Ask(TURNS[:length], [1], **spec) for length in (1, 3)]
+        return [asking(TURNS[:length], [1], **spec) for length in (1, 3)]
 
     async def cached(turns: str) -> int:
-        async with LocalPipeline(str(model), "1E1P1D", config=CONFIG) as pipeline:
+        async with LocalPipeline(str(model), "1E1P1D", config=config) as pipeline:
             usage = Usage(prompt_tokens=0, completion_tokens=0)
             for ask in talk(turns):
                 ids, usage = await ask.answer(pipeline)
@@ -239,11 +191,13 @@ def test_sticky_turns_find_the_first_turns_tokens_and_reselect_does_not(
     go(run())
 
 
-def test_methods_inside_the_llm_and_both_kinds_joined(model: Path) -> None:
-    config = msgspec.structs.replace(CONFIG, layer_pruning="adaptinfer:0")
+def test_methods_inside_the_llm_and_both_kinds_joined(
+    model: Path, config: EngineConfig, asking: Any, go: Any
+) -> None:
+    config = msgspec.structs.replace(config, layer_pruning="adaptinfer:0")
     llm = LLM(model, config=config)
     asks = [
-        Ask("what is it?", images, **spec)
+        asking("what is it?", images, **spec)
         for images in ([1], [1, 2])
         for spec in (
             {"method": "adaptinfer", "keep": 40},
@@ -265,12 +219,12 @@ def test_methods_inside_the_llm_and_both_kinds_joined(model: Path) -> None:
     go(run())
 
 
-def test_the_built_in_model_answers_through_the_pipeline_as_alone() -> None:
+def test_the_built_in_model_answers_through_the_pipeline_as_alone(asking: Any, go: Any) -> None:
     """Few questions; the harness measures accuracy."""
     examples, llm = held_out(4, seed=77), LLM()
     budgets = [{"method": "script", "keep": 64}, {"method": "script", "keep": 28}]
     asks = [
-        Ask(example.question, list(example.images), **spec)
+        asking(example.question, list(example.images), **spec)
         for example, spec in itertools.product(examples, budgets)
     ]
     expected = [ask.expected(llm) for ask in asks]
