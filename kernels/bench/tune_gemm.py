@@ -24,7 +24,7 @@ from gemm_cases import SCHEMES, SHAPES, Case, activations, checked, weight_of
 from timing import Windows, graph_timing
 
 from epd_kernels import launch
-from epd_kernels.launch import GemmConfig, triton, tuned_name
+from epd_kernels.launch import GemmConfig, read_launches, triton, tuned_name
 
 BUCKETS = (16, 32, 64, 128, 256, 640)
 EARLY_UP_TO = 64  # tokens, beyond which the gap between two kernels is lost in the noise
@@ -38,25 +38,29 @@ def candidates(m: int, bits: int) -> list[GemmConfig]:
     loads are s - 2 steps ahead of their use.
     """
     if m <= 16:
-        tiles = [(64, 16, 4), (128, 16, 4), (256, 16, 8)]
-        grid = product(tiles, (1, 2, 3, 4, 6), (4, 6, 8))
+        tiles = [(64, 16, 4), (128, 16, 4)]
+        grid = product(tiles, (1, 2, 3, 4, 6), ((4, 1), (6, 1), (3, 2), (4, 2)))
     elif m <= 32:
         tiles = [(64, 32, 4), (128, 32, 4)]
-        grid = product(tiles, (1, 2, 3, 4), (4, 6))
+        grid = product(tiles, (1, 2, 3, 4), ((4, 1), (6, 1), (3, 2)))
     elif m <= 64:
-        tiles = [(64, 64, 4), (128, 64, 4), (128, 64, 8), (256, 64, 8)]
-        grid = product(tiles, (1, 2, 4), (4, 6))
+        tiles = [(64, 64, 4), (128, 64, 4), (128, 64, 8)]
+        grid = product(tiles, (1, 2, 4), ((4, 1), (6, 1), (3, 2)))
     elif m <= 128:
         tiles = [(64, 128, 4), (64, 64, 4), (128, 64, 4), (128, 128, 8)]
-        grid = product(tiles, (1, 2, 4), (3, 4, 6))
+        grid = product(tiles, (1, 2, 4), ((3, 1), (4, 1), (3, 2)))
     else:
-        tiles = [(64, 128, 4), (128, 128, 8), (128, 64, 4), (256, 64, 8)]
-        grid = product(tiles, (1, 2) if m <= 256 else (1,), (3, 4))
+        tiles = [(64, 128, 4), (128, 128, 8), (128, 64, 4)]
+        grid = product(tiles, (1, 2) if m <= 256 else (1,), ((3, 1), (4, 1), (3, 2)))
     found = [
-        GemmConfig(n, tokens, splits, warps, stages) for (n, tokens, warps), splits, stages in grid
+        GemmConfig(n, tokens, splits, warps, stages, unroll=unroll)
+        for (n, tokens, warps), splits, (stages, unroll) in grid
     ]
     if bits == 16:
-        found = [c for c in found if c.block_n * c.block_m <= 64 * 128 and c.num_stages <= 4]
+        found = [
+            c for c in found
+            if c.block_n * c.block_m <= 64 * 128 and c.num_stages <= 4 and c.unroll == 1
+        ]  # fmt: skip
     if m > EARLY_UP_TO:
         return found
     return [replace(c, early=early) for c in found for early in (False, True)]
@@ -71,7 +75,7 @@ def compile_candidates(scheme: str, k: int, buckets: list[int], share: int, shar
     for m in buckets:
         for config in candidates(m, 8 * codes.element_size()):
             variant = (config.block_n, config.block_m, config.splits > 1, config.num_warps,
-                       config.num_stages, config.early)  # fmt: skip
+                       config.num_stages, config.early, config.unroll)  # fmt: skip
             if variant in seen:
                 continue
             seen.add(variant)
@@ -102,12 +106,14 @@ def spelled(config: GemmConfig) -> str:
 def _shipped(name: str) -> dict[str, dict[str, dict[str, list[object]]]]:
     """The launches in the package for this device, which new ones replace one by one."""
     path = Path(launch.__file__).with_name("tuned") / f"{name}.json"
-    if not path.is_file():
-        return {}
-    told = json.loads(path.read_text())
-    assert told["fields"] == [f.name for f in fields(GemmConfig)]
-    gemms: dict[str, dict[str, dict[str, list[object]]]] = told["gemm"]
-    return gemms
+    found = read_launches(path) if path.is_file() else {}
+    return {
+        scheme: {
+            f"{n}x{k}": {str(m): list(astuple(config)) for m, config in launches.items()}
+            for (n, k), launches in shapes.items()
+        }
+        for scheme, shapes in found.items()
+    }
 
 
 class Tuner:

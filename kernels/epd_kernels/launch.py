@@ -133,7 +133,8 @@ class GemmConfig:
 
     `use_ptx` decodes eight-bit operands with inline assembly, which halves the instructions of the
     loop; the interpreter has no assembly. `early` lets the kernel be launched before the one ahead
-    of it has drained (compute capability 9.0 and later).
+    of it has drained (compute capability 9.0 and later). `unroll` steps of 128 input features share
+    a trip of the loop where it divides their count; each stage then holds as many.
     """
 
     block_n: int
@@ -143,6 +144,7 @@ class GemmConfig:
     num_stages: int
     use_ptx: bool = not INTERPRETED
     early: bool = False
+    unroll: int = 1
 
 
 def gemm_config(

@@ -129,13 +129,14 @@ def _w4_gemm_kernel(
     K: tl.constexpr, GROUP: tl.constexpr, FORMAT: tl.constexpr, SPLIT: tl.constexpr,
     SCALED: tl.constexpr, BIASED: tl.constexpr, TILED: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_J: tl.constexpr, STAGES: tl.constexpr, USE_PTX: tl.constexpr,
-    ZEROS: tl.constexpr, EARLY: tl.constexpr,
+    ZEROS: tl.constexpr, EARLY: tl.constexpr, UNROLL: tl.constexpr,
 ) -> None:  # fmt: skip
     """BLOCK_N weight rows by BLOCK_M tokens over one of `num_splits` spans of K.
 
     BLOCK_J bytes of a row are taken at once: inputs k .. k + BLOCK_J, and as many 64 further on.
-    Rows and tokens past the end repeat the last one and are not stored. STAGES is said to the loop
-    and not only to the launch, so that the scales travel ahead of their use as the weights do.
+    UNROLL such steps share a trip of the loop, and its barriers. Rows and tokens past the end
+    repeat the last one and are not stored. STAGES is said to the loop and not only to the launch,
+    so that the scales travel ahead of their use as the weights do.
     """
     STEPS: tl.constexpr = K // (2 * BLOCK_J)
     PER_TILE: tl.constexpr = 64 // BLOCK_J
@@ -146,12 +147,13 @@ def _w4_gemm_kernel(
     HELD: tl.constexpr = SUM if ROWWISE else tl.float32
     TILE: tl.constexpr = 4096 if TILED else 64
     i_split = tl.program_id(2)
-    first, last = STEPS * i_split // num_splits, STEPS * (i_split + 1) // num_splits
+    TRIPS: tl.constexpr = STEPS // UNROLL
+    first, last = TRIPS * i_split // num_splits, TRIPS * (i_split + 1) // num_splits
     if EARLY:
         gdc_launch_dependents()
         if TILED:
             # no kernel writes weights: theirs may travel while the kernel ahead drains
-            _prefetch_tiles(data, tl.program_id(1), first // PER_TILE, N, K, BLOCK_N)
+            _prefetch_tiles(data, tl.program_id(1), first * UNROLL // PER_TILE, N, K, BLOCK_N)
         gdc_wait()
     o_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     o_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -166,32 +168,34 @@ def _w4_gemm_kernel(
     p_x = x + o_token[None, :] * stride_x + o_j[:, None]
     p_sums = sums + o_token * (K // SPAN)
     b_acc = tl.zeros((BLOCK_N, BLOCK_M), HELD)
-    for i in tl.range(first, last, num_stages=STAGES):
-        i_tile, j = i // PER_TILE, (i % PER_TILE) * BLOCK_J
-        k = i_tile * 128 + j
-        b_q = tl.load(p_data + i_tile * TILE + j)
-        b_xa = tl.load(p_x + k)
-        b_xb = tl.load(p_x + k + 64)
-        b_a, b_b = operands(b_q, FORMAT, x.dtype.element_ty, USE_PTX)
-        if ROWWISE and FORMAT == "hi4":
-            b_acc = tl.dot(b_a, b_xa, b_acc, out_dtype=SUM)
-            b_acc = tl.dot(b_b, b_xb, b_acc, out_dtype=SUM)
-        else:
-            b_p = tl.dot(b_a, b_xa, input_precision="ieee", out_dtype=SUM)
-            if GROUP < 128:
-                b_acc += _scaled(
-                    b_p, scales, zeros, p_sums + k // SPAN, k // GROUP, o_row, N, ZEROS, CENTRE
-                )
-                k += 64
-                b_p = tl.dot(b_b, b_xb, input_precision="ieee", out_dtype=SUM)
+    for i_trip in tl.range(first, last, num_stages=STAGES):
+        for i_step in tl.static_range(UNROLL):
+            i = i_trip * UNROLL + i_step
+            i_tile, j = i // PER_TILE, (i % PER_TILE) * BLOCK_J
+            k = i_tile * 128 + j
+            b_q = tl.load(p_data + i_tile * TILE + j)
+            b_xa = tl.load(p_x + k)
+            b_xb = tl.load(p_x + k + 64)
+            b_a, b_b = operands(b_q, FORMAT, x.dtype.element_ty, USE_PTX)
+            if ROWWISE and FORMAT == "hi4":
+                b_acc = tl.dot(b_a, b_xa, b_acc, out_dtype=SUM)
+                b_acc = tl.dot(b_b, b_xb, b_acc, out_dtype=SUM)
             else:
-                b_p = tl.dot(b_b, b_xb, b_p, input_precision="ieee", out_dtype=SUM)
-            if ROWWISE:
-                b_acc += b_p
-            else:
-                b_acc += _scaled(
-                    b_p, scales, zeros, p_sums + k // SPAN, k // GROUP, o_row, N, ZEROS, CENTRE
-                )
+                b_p = tl.dot(b_a, b_xa, input_precision="ieee", out_dtype=SUM)
+                if GROUP < 128:
+                    b_acc += _scaled(
+                        b_p, scales, zeros, p_sums + k // SPAN, k // GROUP, o_row, N, ZEROS, CENTRE
+                    )
+                    k += 64
+                    b_p = tl.dot(b_b, b_xb, input_precision="ieee", out_dtype=SUM)
+                else:
+                    b_p = tl.dot(b_b, b_xb, b_p, input_precision="ieee", out_dtype=SUM)
+                if ROWWISE:
+                    b_acc += b_p
+                else:
+                    b_acc += _scaled(
+                        b_p, scales, zeros, p_sums + k // SPAN, k // GROUP, o_row, N, ZEROS, CENTRE
+                    )
     done = True
     if SPLIT:
         i_block = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
@@ -244,6 +248,7 @@ def w4_gemm_triton(
         x.device, M=tokens, N=features, K=width, bits=8 * x.element_size(),
         scheme="" if shifted else _scheme(x, weight),
     )  # fmt: skip
+    steps = width // (2 * min(group, TILE_K // 2))
     grid = (-(-tokens // config.block_m), -(-features // config.block_n), config.splits)
     partial = arrivals = out  # never touched by a single span
     if config.splits > 1:
@@ -258,6 +263,7 @@ def w4_gemm_triton(
         BIASED=bias is not None, TILED=weight.data.ndim == 4, BLOCK_N=config.block_n,
         BLOCK_M=config.block_m, BLOCK_J=min(group, TILE_K // 2), STAGES=config.num_stages,
         USE_PTX=config.use_ptx and x.element_size() <= 2, ZEROS=shifted, EARLY=config.early,
+        UNROLL=config.unroll if steps % config.unroll == 0 else 1,
         num_warps=config.num_warps, num_stages=config.num_stages, **early_launch(config.early),
     )  # fmt: skip
     return out

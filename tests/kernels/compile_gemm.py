@@ -51,7 +51,7 @@ def product_of(scheme: str, config: GemmConfig, *, tiled: bool = False) -> dict[
         "K": WIDTH, "GROUP": group, "FORMAT": code, "SPLIT": config.splits > 1, "SCALED": True,
         "BIASED": True, "TILED": tiled, "BLOCK_N": config.block_n, "BLOCK_M": config.block_m,
         "BLOCK_J": 64, "STAGES": config.num_stages, "USE_PTX": True, "EARLY": config.early,
-        "ZEROS": scheme == "u4-fp8",
+        "UNROLL": config.unroll, "ZEROS": scheme == "u4-fp8",
     }  # fmt: skip
     built = build(
         gemm._w4_gemm_kernel, types, fixed, config.num_warps, config.num_stages,
@@ -59,7 +59,8 @@ def product_of(scheme: str, config: GemmConfig, *, tiled: bool = False) -> dict[
     )  # fmt: skip
     result = describe(built)
     # one trip of the loop takes 128 inputs of each row
-    result["per_weight"] = result["loop"] * config.num_warps * 32 / (config.block_n * 128)
+    trip = config.block_n * 128 * config.unroll
+    result["per_weight"] = result["loop"] * config.num_warps * 32 / trip
     # the last wait of a loop body that loads scales by hand would stall on memory
     result["prefetches"] = built.asm["ptx"].count("prefetch.global.L2")
     result["loads"] = built.asm["ttgir"].split("scf.for")[1].split("scf.yield")[0].count("tt.load")
@@ -73,6 +74,9 @@ def all_gemms() -> dict[str, dict[str, Any]]:
         bits = 16 if "bf16" in scheme else 8
         config = gemm_config(torch.device("cpu"), M=tokens, N=WIDTH, K=WIDTH, bits=bits)
         found[f"{scheme}-{tokens}"] = product_of(scheme, config)
+    for warps, block_n, tokens in ((4, 64, 16), (4, 128, 64)):
+        twice = GemmConfig(block_n, tokens, 1, warps, 3, unroll=2)
+        found[f"twice-{tokens}"] = product_of("sm7-fp8", twice, tiled=True)
     split = GemmConfig(64, 16, 4, 4, 4, early=True)
     return found | {"split-early": product_of("sm7-fp8", split, tiled=True)}
 

@@ -67,6 +67,13 @@ def test_instructions_per_weight(compiled, scheme, tokens, limit):
     assert 0.5 < compiled[f"{scheme}-{tokens}"]["per_weight"] < limit
 
 
+@pytest.mark.parametrize(("tokens", "limit"), [(16, 2.0), (64, 1.9)])
+def test_two_steps_per_trip(compiled, tokens, limit):
+    result = compiled[f"twice-{tokens}"]
+    assert set(result["wgmma"]) == {"e4m3"} and not result["loads"]
+    assert result["per_weight"] < limit
+
+
 def test_split_products_can_start_early(compiled):
     """And send for their first tiles before they wait: two lines per thread."""
     assert compiled["split-early"]["prefetches"] == 2

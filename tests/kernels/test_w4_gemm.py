@@ -66,6 +66,28 @@ def test_equals_dequantised_product(scheme, shape, group_size, backend, assert_c
     assert_close(out, expected, ratio=_ratio(scheme, backend, out))
 
 
+@pytest.mark.parametrize("group_size", [64, 128, 0])
+@pytest.mark.parametrize("scheme", ["w4a8-fp8-sm7", "w4a8-int8-hi4", "w4a16-u4"])
+@pytest.mark.parametrize("k", [512, 384])
+def test_two_steps_per_trip_give_the_same_product(k, scheme, group_size, backend):
+    """Where two divides the steps, and where it does not and one is taken."""
+    if backend.name == "ref":
+        pytest.skip("the reference has no loop")
+    run = backend.op("w4_gemm", "w4_gemm")
+    x, scales, packed, _, _ = _operands(
+        scheme, 5, 70, k, group_size or k, torch.float32, backend.device
+    )
+    outs = [
+        run(
+            x, packed.tiled(), out_dtype=torch.float32, x_scales=scales,
+            config=GemmConfig(64, 16, splits, 4, 3, False, False, unroll),
+        )
+        for splits, unroll in ((1, 1), (1, 2), (3, 2))
+    ]  # fmt: skip
+    assert torch.equal(outs[0], outs[1])
+    torch.testing.assert_close(outs[2], outs[0], rtol=1e-4, atol=1e-3)
+
+
 @pytest.mark.parametrize("scheme", ["w4a8-fp8-sm7", "w4a8-int8-hi4"])
 def test_tiled_weights_give_the_same_product(scheme, backend):
     run = backend.op("w4_gemm", "w4_gemm")
