@@ -22,8 +22,6 @@ from epd_services.offline_bench import device_and_dtype
 from epd_services.progress import progress
 
 if TYPE_CHECKING:
-    import torch
-
     from epd_services.prefill_pipeline import Prefill, PrefillPipeline
 
 __all__ = ["CASES", "Case", "main", "run_prefill_bench"]
@@ -80,7 +78,12 @@ def run_prefill_bench(
             advance(done, f"{case.name}, {case.method}, batch {batch}")
             results += _pair(pipeline, case, batch, text_tokens, repeats)
         advance(len(cases) * len(batches), "done")
-    rows = [_facts(config_dir, device, kind) | row for row in results]
+    command = f"python -m epd_services.prefill_bench {config_dir}"
+    command += f" --batches {','.join(map(str, batches))}"
+    command += f" --text-tokens {text_tokens} --repeats {repeats} --seed {seed}"
+    facts = machine(command=command, device=device)
+    facts |= {"dtype": str(kind).removeprefix("torch.")}
+    rows = [facts | row for row in results]
     if out is not None:
         write_csv(out, rows)
     print("\n" + markdown(rows, _COLUMNS), flush=True)
@@ -119,11 +122,6 @@ def _row(
         "scoring": 1000 * scoring, "times": dense / seconds, "lower": 100 * (1 - seconds / dense),
         "scoring_share": 100 * scoring / seconds, "samples": len(runs), "unit": "ms",
     }  # fmt: skip
-
-
-def _facts(config_dir: Path, device: str, dtype: torch.dtype) -> Row:
-    command = f"python -m epd_services.prefill_bench {config_dir}"
-    return machine(command=command, device=device) | {"dtype": str(dtype).removeprefix("torch.")}
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -42,6 +42,7 @@ def test_every_case_is_measured_dense_and_pruned(config_dir: Path) -> None:
         ("llava-next-7b", "script 64x5"): 2 * (320 + 8),
     }
     assert all(row["prefill"] > 0 for row in rows)
+    assert rows[0]["command"].endswith("--batches 2 --text-tokens 8 --repeats 1 --seed 0")
     assert all(row["times"] == 1.0 for row in rows if row["method"] == "dense")
 
 
