@@ -36,7 +36,7 @@ bench-kernels:
 	PYTHONPATH=kernels $(PYTHON) kernels/bench/bench_gemm.py -o docs/bench/gemm_h200.csv
 	PYTHONPATH=kernels $(PYTHON) kernels/bench/bench_gemlite.py -o docs/bench/gemlite_h200.csv
 	PYTHONPATH=kernels $(PYTHON) kernels/bench/bench_layer.py -o docs/bench/layer_h200.csv
-	$(PYTHON) kernels/bench/report.py docs/bench/gemm_h200.csv --page kernels/README.md --plot docs/bench/roofline_h200.png
+	$(PYTHON) kernels/bench/report.py docs/bench/gemm_h200.csv --layers docs/bench/layer_h200.csv --page kernels/README.md --plot docs/bench/roofline_h200.png
 
 setup: .venv/.ready
 	@command -v redis-server >/dev/null || command -v valkey-server >/dev/null || sh docker/install-redis.sh

@@ -22,7 +22,8 @@ COLUMNS = {
 }  # fmt: skip
 # a first measurement had these under other names
 OLDER = {"fp8-fast": "fp8", "w4a8-int8-channel-tiled": "w4a8-int8-channel"}
-_REGION = re.compile(r"(<!-- table: gemm -->\n).*?(<!-- end -->)", re.DOTALL)
+_REGION = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+LAYERS = 32
 PLOTTED = ("22016x4096", "28672x4096")
 
 
@@ -64,6 +65,30 @@ def table(rows: dict[tuple[str, str, str], Row]) -> str:
                 found = " | ".join(_cell(told, impl) for impl in COLUMNS)
                 lines.append(f"| {shape.replace('x', ' x ')} | {m} | {found} |")
     return "\n".join(lines)
+
+
+def layers(path: Path) -> str:
+    """Markdown of what bench_layer.py wrote: a row per block, a column per scheme."""
+    rows = cells(path) if path.is_file() else {}
+    schemes = list(dict.fromkeys(impl for op, impl, _ in rows if op in ("ffn", "prefill")))
+    blocks = dict.fromkeys((op, shape) for op, _, shape in rows if op in ("ffn", "prefill"))
+    lines = ["| block | " + " | ".join(schemes) + " |", "|" + " --- |" * (len(schemes) + 1)]
+    for op, shape in blocks:
+        found = [_block(rows, op, impl, shape) for impl in schemes]
+        lines.append(f"| {op} {shape} | " + " | ".join(found) + " |")
+    return "\n".join(lines) if blocks else "Not measured yet."
+
+
+def _block(rows: dict[tuple[str, str, str], Row], op: str, impl: str, shape: str) -> str:
+    row, base = rows.get((op, impl, shape)), rows.get((op, "bf16", shape))
+    if row is None or base is None:
+        return ""
+    micros = float(row["p50_us"])
+    text = f"{micros:.1f} us ({float(base['p50_us']) / micros:.2f}x)"
+    if match := re.match(r"(\d+)x(\d+) ", shape):
+        rate = int(match[1]) * int(match[2]) / (LAYERS * micros * 1e-6)
+        text += f", {rate:,.0f} tokens/s"
+    return text
 
 
 def plot(rows: dict[tuple[str, str, str], Row], path: Path) -> None:
@@ -115,18 +140,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("results", type=Path)
     parser.add_argument("--plot", type=Path)
-    parser.add_argument("--page", type=Path, help="a page whose region takes the table")
+    parser.add_argument("--layers", type=Path, help="what bench_layer.py wrote")
+    parser.add_argument("--page", type=Path, help="a page whose regions take the tables")
     args = parser.parse_args()
     rows = cells(args.results)
-    text = table(rows)
+    texts = {"gemm": table(rows), "layers": layers(args.layers) if args.layers else ""}
     if args.page:
         page = args.page.read_text()
-        page, found = _REGION.subn(lambda m: f"{m[1]}\n{text}\n\n{m[2]}", page)
-        if not found:
-            raise SystemExit(f"{args.page} has no region for the table")
-        args.page.write_text(page)
+        args.page.write_text(_REGION.sub(lambda m: f"{m[1]}\n{texts[m[2]]}\n\n{m[3]}", page))
     else:
-        print(text)
+        print("\n\n".join(texts.values()))
     if args.plot:
         plot(rows, args.plot)
 
