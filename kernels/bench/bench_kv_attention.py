@@ -1,8 +1,9 @@
 """Time attention over four- and eight-bit KV: `python bench_kv_attention.py -o FILE`.
 
 Decoding is timed against our own bf16 kernel on the same blocks, prefill over plain KV against
-torch's flash attention on dense keys. Every result is checked against its reference first. `--tune`
-times the launch configurations instead, `--dry-run` needs no GPU and times nothing.
+torch's flash attention on dense keys, and over codes both as the engine does it and (`-tiles`) by
+the kernel that reads codes in every tile. Every result is checked against its reference first.
+`--tune` times the launch configurations instead, `--dry-run` needs no GPU and times nothing.
 """
 
 from __future__ import annotations
@@ -33,12 +34,15 @@ if TYPE_CHECKING:
 
 DECODE = (*(Case(b, 1, n) for b in (1, 8, 32) for n in (512, 2048, 8192)),
           Case(1, 1, 32768), Case(8, 1, 32768))  # fmt: skip
-PREFILL = (*(Case(1, n, n) for n in (2048, 4096, 8192, 16384)), Case(1, 512, 8192))
+PREFILL = (*(Case(1, n, n) for n in (2048, 4096, 8192, 16384)),
+           *(Case(1, n, 8192) for n in (32, 64, 128, 512)))  # fmt: skip
 SMALL = (Case(3, 1, 40, 8, 2, 32), Case(2, 40, 40, 8, 2, 32), Case(1, 7, 50, 8, 2, 32))
 TUNED = (Case(8, 1, 32768), Case(8, 1, 2048), Case(1, 1, 8192))
 TOLERANCE = 8e-3
 TILES = ((64, 2), (64, 4), (128, 4), (128, 8), (256, 8))
 """Positions per step and warps of decoding."""
+RESIDENT = ((2, None), (3, 168), (4, 128), (8, None))
+"""Programs per multiprocessor that splits are counted for, and the bound on their registers."""
 
 
 class CodedInputs(Inputs):
@@ -78,9 +82,9 @@ def _arranged(cache: QuantKV, rows_first: bool) -> QuantKV:
     return QuantKV(*(part.transpose(1, 2).contiguous().transpose(1, 2) for part in cache))
 
 
-def check(case: Case, inputs: CodedInputs, target: KVFormat) -> float:
+def check(case: Case, inputs: CodedInputs, target: KVFormat, out: torch.Tensor) -> float:
     """Relative distance from the bf16 kernel on widened KV; ends the run when it is too large."""
-    error = relative_error(inputs.attend(target), inputs.widened(target))
+    error = relative_error(out, inputs.widened(target))
     if error > TOLERANCE:
         raise SystemExit(f"{target.value} attention is wrong at {case}: error {error:.1e}")
     return error
@@ -89,7 +93,8 @@ def check(case: Case, inputs: CodedInputs, target: KVFormat) -> float:
 def dry_run() -> None:
     for case in SMALL:
         for target, rows_first in itertools.product(KVFormat, (True, False)):
-            error = check(case, CodedInputs(case, "cpu", 0, rows_first=rows_first), target)
+            inputs = CodedInputs(case, "cpu", 0, rows_first=rows_first)
+            error = check(case, inputs, target, inputs.attend(target))
             print(f"{case.name} {target.value} {case}  error={error:.1e}  not timed")
 
 
@@ -110,10 +115,13 @@ def measure(results: Results) -> None:
                     error=relative_error(inputs[0].paged(), inputs[0].sdpa()))  # fmt: skip
         times = {}
         for target in KVFormat:
-            times[target.value] = add(
-                target.value, calls=[partial(x.attend, target) for x in inputs],
-                num_bytes=inputs[0].coded_bytes(target), error=check(case, inputs[0], target),
-            ).p50  # fmt: skip
+            ways = {target.value: [partial(x.attend, target) for x in inputs]}
+            if case.queries > 1:
+                ways[f"{target.value}-tiles"] = [partial(_coded, x, None, target) for x in inputs]
+            for impl, calls in ways.items():
+                error = check(case, inputs[0], target, calls[0]())
+                size = inputs[0].coded_bytes(target)
+                times[impl] = add(impl, calls=calls, num_bytes=size, error=error).p50
         if case.queries == case.length:
             times["flash"] = add("sdpa-flash", calls=[x.flash for x in inputs],
                                  num_bytes=case.num_bytes, error=0.0).p50  # fmt: skip
@@ -133,9 +141,9 @@ def tune(path: Path) -> None:
     for case, rows_first in itertools.product(TUNED, (True, False)):
         inputs = make_inputs(case, rows_first=rows_first)
         for (n, warps), stages, occupancy in itertools.product(
-            TILES, (2, 3, 4), (2, 4, 8) if rows_first else (4,)
+            TILES, (2, 3, 4), RESIDENT if rows_first else RESIDENT[1:2]
         ):
-            coded = CodedConfig(16, n, warps, stages, occupancy)
+            coded = CodedConfig(16, n, warps, stages, *occupancy)
             rows.append(_row(case, "int4" if rows_first else "int4 heads first", coded,
                              [partial(_coded, x, coded) for x in inputs]))  # fmt: skip
         for n, warps, stages in itertools.product((64, 128), (4, 8), (2, 3) if rows_first else ()):
@@ -175,9 +183,11 @@ def _row(
     return {"case": str(case), "impl": impl, "us": micros, "config": str(config)}
 
 
-def _coded(inputs: CodedInputs, config: CodedConfig) -> torch.Tensor:
+def _coded(
+    inputs: CodedInputs, config: CodedConfig | None, target: KVFormat = KVFormat.INT4
+) -> torch.Tensor:
     return quantized_attention_triton(
-        inputs.q, *inputs.coded[KVFormat.INT4], **inputs.options, config=config
+        inputs.q, *inputs.coded[target], **inputs.options, config=config
     )
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from .launch import constant, jit, tl
 
-__all__ = ["attend_codes"]
+__all__ = ["attend_codes", "scales_zeros"]
 
 # $4 holds four bytes; $0, $1 receive their low and $2, $3 their high nibbles, each one fp16
 _NIBBLES_PTX = constant("""{
@@ -58,7 +58,7 @@ def _load_halves(
 
 
 @jit
-def _scales_zeros(p_scales: tl.tensor, m_n: tl.tensor, BITS: tl.constexpr) -> tl.tensor:
+def scales_zeros(p_scales: tl.tensor, m_n: tl.tensor, BITS: tl.constexpr) -> tl.tensor:
     """Scale and zero of each position; FP8 has no zeros."""
     b_bits = tl.load(p_scales, mask=m_n, other=0)
     if BITS == 4:
@@ -70,24 +70,64 @@ def _scales_zeros(p_scales: tl.tensor, m_n: tl.tensor, BITS: tl.constexpr) -> tl
 
 
 @jit
+def _attend_tiles(
+    b_m: tl.tensor, b_l: tl.tensor, b_y: tl.tensor, b_o1: tl.tensor, b_o2: tl.tensor,
+    b_q1: tl.tensor, b_q2: tl.tensor, b_sum: tl.tensor, unit: tl.tensor, o_limit: tl.tensor,
+    table: tl.tensor, k_codes: tl.tensor, v_codes: tl.tensor, k_scales: tl.tensor,
+    v_scales: tl.tensor, stride_block: tl.tensor, stride_row: tl.tensor,
+    scale_stride_block: tl.tensor, scale_stride_row: tl.tensor, start: tl.tensor, end: tl.tensor,
+    BLOCK_SIZE: tl.constexpr, BITS: tl.constexpr, HALF: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr, USE_PTX: tl.constexpr, LIFT: tl.constexpr, MASKED: tl.constexpr,
+) -> tl.tensor:  # fmt: skip
+    """The sums after positions [start, end); not MASKED, whole tiles that every row sees."""
+    o_c = tl.arange(0, BLOCK_C)
+    for i_n in range(start, end, BLOCK_N):
+        o_n = i_n + tl.arange(0, BLOCK_N)
+        m_n = o_n < end if MASKED else tl.full((BLOCK_N,), True, tl.int1)
+        block = tl.load(table + o_n // BLOCK_SIZE, mask=m_n, other=0).to(tl.int64)
+        o_row = block * stride_block + (o_n % BLOCK_SIZE) * stride_row
+        o_scale = block * scale_stride_block + (o_n % BLOCK_SIZE) * scale_stride_row
+        o_kv, m_kv = o_row[:, None] + o_c[None, :], m_n[:, None] & (o_c < HALF)[None, :]
+        b_k1, b_k2 = _load_halves(k_codes + o_kv, m_kv, BITS, HALF, True, USE_PTX)
+        b_scale, b_z = scales_zeros(k_scales + o_scale, m_n, BITS)
+        b_s = tl.dot(b_q2, tl.trans(b_k2), tl.dot(b_q1, tl.trans(b_k1)))
+        b_s = (b_s - b_sum[:, None] * b_z[None, :]) * (b_scale * unit)[None, :]
+        if MASKED:
+            b_s = tl.where(m_n[None, :] & (o_n[None, :] <= o_limit[:, None]), b_s, float("-inf"))
+        b_m_next = tl.maximum(b_m, tl.max(b_s, axis=1))
+        b_base = b_m_next
+        if MASKED:
+            b_base = tl.where(b_m_next == float("-inf"), 0.0, b_m_next)  # -inf - -inf is NaN
+        b_p = tl.exp2(b_s - b_base[:, None])
+        b_decay = tl.exp2(b_m - b_base)
+        b_scale, b_z = scales_zeros(v_scales + o_scale, m_n, BITS)
+        b_v1, b_v2 = _load_halves(v_codes + o_kv, m_kv, BITS, HALF, False, USE_PTX)
+        b_l = b_l * b_decay + tl.sum(b_p, axis=1)
+        b_w = tl.minimum(b_p * (b_scale * LIFT)[None, :], 65504.0).to(tl.float16)
+        b_y = b_y * b_decay + tl.sum(b_w.to(tl.float32) * b_z[None, :], axis=1)
+        b_o1 = tl.dot(b_w, b_v1, b_o1 * b_decay[:, None])
+        b_o2 = tl.dot(b_w, b_v2, b_o2 * b_decay[:, None])
+        b_m = b_m_next
+    return b_m, b_l, b_y, b_o1, b_o2
+
+
+@jit
 def attend_codes(
-    p_q: tl.tensor, m_q: tl.tensor, o_limit: tl.tensor, table: tl.tensor, k_codes: tl.tensor,
-    v_codes: tl.tensor, k_scales: tl.tensor, v_scales: tl.tensor, stride_block: tl.tensor,
-    stride_row: tl.tensor, scale_stride_block: tl.tensor, scale_stride_row: tl.tensor,
-    scale_log2: tl.tensor, start: tl.tensor, end: tl.tensor, BLOCK_SIZE: tl.constexpr,
-    BITS: tl.constexpr, HALF: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_C: tl.constexpr, USE_PTX: tl.constexpr,
+    p_q: tl.tensor, m_q: tl.tensor, o_limit: tl.tensor, seen_by_all: tl.tensor, table: tl.tensor,
+    k_codes: tl.tensor, v_codes: tl.tensor, k_scales: tl.tensor, v_scales: tl.tensor,
+    stride_block: tl.tensor, stride_row: tl.tensor, scale_stride_block: tl.tensor,
+    scale_stride_row: tl.tensor, scale_log2: tl.tensor, start: tl.tensor, end: tl.tensor,
+    BLOCK_SIZE: tl.constexpr, BITS: tl.constexpr, HALF: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, USE_PTX: tl.constexpr,
 ) -> tl.tensor:  # fmt: skip
     """(m, l, out) of the rows at `p_q` over positions [start, end), row r seeing p <= o_limit[r].
 
-    `out` comes as its two halves of channels. m is in base-2 units; a row that saw nothing has
-    m = -inf, l = 0, out = 0.
+    Positions below `seen_by_all` need no mask. `out` comes as its two halves of channels. m is in
+    base-2 units; a row that saw nothing has m = -inf, l = 0, out = 0.
     """
     LOW: tl.constexpr = 2.0**24 if BITS == 4 else 1.0
     HIGH: tl.constexpr = 2.0**20 if BITS == 4 else 1.0
     LIFT: tl.constexpr = 2.0**6 if BITS == 4 else 2.0**12
-    o_c = tl.arange(0, BLOCK_C)
-    m_c = o_c < HALF
     b_q1 = tl.load(p_q, mask=m_q, other=0.0).to(tl.float32)
     b_q2 = tl.load(p_q + HALF, mask=m_q, other=0.0).to(tl.float32)
     top = tl.maximum(tl.max(tl.max(tl.abs(b_q1), 1), 0), tl.max(tl.max(tl.abs(b_q2), 1), 0))
@@ -102,30 +142,18 @@ def attend_codes(
     b_y = tl.zeros((BLOCK_M,), tl.float32)
     b_o1 = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
     b_o2 = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
-    for i_n in range(start, end, BLOCK_N):
-        o_n = i_n + tl.arange(0, BLOCK_N)
-        m_n = o_n < end
-        block = tl.load(table + o_n // BLOCK_SIZE, mask=m_n, other=0).to(tl.int64)
-        o_row = block * stride_block + (o_n % BLOCK_SIZE) * stride_row
-        o_scale = block * scale_stride_block + (o_n % BLOCK_SIZE) * scale_stride_row
-        o_kv, m_kv = o_row[:, None] + o_c[None, :], m_n[:, None] & m_c[None, :]
-        b_k1, b_k2 = _load_halves(k_codes + o_kv, m_kv, BITS, HALF, True, USE_PTX)
-        b_scale, b_z = _scales_zeros(k_scales + o_scale, m_n, BITS)
-        b_s = tl.dot(b_q2, tl.trans(b_k2), tl.dot(b_q1, tl.trans(b_k1)))
-        b_s = (b_s - b_sum[:, None] * b_z[None, :]) * (b_scale * unit)[None, :]
-        b_s = tl.where(m_n[None, :] & (o_n[None, :] <= o_limit[:, None]), b_s, float("-inf"))
-        b_m_next = tl.maximum(b_m, tl.max(b_s, axis=1))
-        b_base = tl.where(b_m_next == float("-inf"), 0.0, b_m_next)  # -inf - -inf would be NaN
-        b_p = tl.exp2(b_s - b_base[:, None])
-        b_decay = tl.exp2(b_m - b_base)
-        b_scale, b_z = _scales_zeros(v_scales + o_scale, m_n, BITS)
-        b_v1, b_v2 = _load_halves(v_codes + o_kv, m_kv, BITS, HALF, False, USE_PTX)
-        b_l = b_l * b_decay + tl.sum(b_p, axis=1)
-        b_w = tl.minimum(b_p * (b_scale * LIFT)[None, :], 65504.0).to(tl.float16)
-        b_y = b_y * b_decay + tl.sum(b_w.to(tl.float32) * b_z[None, :], axis=1)
-        b_o1 = tl.dot(b_w, b_v1, b_o1 * b_decay[:, None])
-        b_o2 = tl.dot(b_w, b_v2, b_o2 * b_decay[:, None])
-        b_m = b_m_next
+    open_tiles = tl.maximum(tl.minimum(seen_by_all, end) - start, 0) // BLOCK_N
+    middle = start + open_tiles * BLOCK_N
+    b_m, b_l, b_y, b_o1, b_o2 = _attend_tiles(
+        b_m, b_l, b_y, b_o1, b_o2, b_q1, b_q2, b_sum, unit, o_limit, table, k_codes, v_codes,
+        k_scales, v_scales, stride_block, stride_row, scale_stride_block, scale_stride_row, start,
+        middle, BLOCK_SIZE, BITS, HALF, BLOCK_N, BLOCK_C, USE_PTX, LIFT, False,
+    )  # fmt: skip
+    b_m, b_l, b_y, b_o1, b_o2 = _attend_tiles(
+        b_m, b_l, b_y, b_o1, b_o2, b_q1, b_q2, b_sum, unit, o_limit, table, k_codes, v_codes,
+        k_scales, v_scales, stride_block, stride_row, scale_stride_block, scale_stride_row, middle,
+        end, BLOCK_SIZE, BITS, HALF, BLOCK_N, BLOCK_C, USE_PTX, LIFT, True,
+    )  # fmt: skip
     b_o1 = (b_o1 * LOW - b_y[:, None]) * (1.0 / LIFT)
     b_o2 = (b_o2 * HIGH - b_y[:, None]) * (1.0 / LIFT)
     return b_m, b_l, b_o1, b_o2

@@ -6,10 +6,10 @@ s of a key, and t, y those of a value's scale and zero,
     scale * q.k = s * (q.u - z * sum q),     sum p v = sum (p t) u - sum (p t) y
 
 so codes meet the matrix unit as they are (see `coded_tile`), and everything per token is applied
-to scores and weights.
+to scores and weights. Many queries per sequence take another way (see `widened_kv`).
 
-Everything a query sees is read from codes, its own step's keys included: a prompt in one piece,
-in chunks, or behind a cached prefix meets the same numbers.
+Everything a query sees was coded before, its own step's keys included: a prompt in one piece, in
+chunks, or behind a cached prefix meets the same codes.
 """
 
 from __future__ import annotations
@@ -21,24 +21,30 @@ import torch
 
 from .coded_tile import attend_codes
 from .kv_codes import KVFormat, QuantKV, dequantize_kv
-from .launch import INTERPRETED, device_facts, jit, next_power_of_2, previous_power_of_2, tl
+from .launch import INTERPRETED, device_facts, jit, next_power_of_2, tl
 from .paged_attention import _combine_kernel, paged_attention_ref
+from .widened_kv import attend_widened, widening_pays
 
 __all__ = ["CodedConfig", "coded_config", "quantized_attention", "quantized_attention_ref"]
 
 _LOG2_E = 1.4426950408889634
 _MIN_SPLIT = 512
+_SPLITS = sorted({1 << n for n in range(11)} | {3 << n for n in range(9)})
 
 
 @dataclass(frozen=True, slots=True)
 class CodedConfig:
-    """Tile rows, KV positions per step, warps, stages, and decode programs per multiprocessor."""
+    """Tile rows, KV positions per step, warps, stages, and decode programs per multiprocessor.
+
+    `max_registers` bounds what a thread takes, so that this many programs are resident.
+    """
 
     block_m: int
     block_n: int
     num_warps: int
     num_stages: int
     occupancy: int = 2
+    max_registers: int | None = None
     use_ptx: bool = not INTERPRETED
 
 
@@ -47,8 +53,10 @@ def coded_config(*, head_dim: int, rows: int, decode: bool) -> CodedConfig:
     block_m = max(16, next_power_of_2(rows))
     if INTERPRETED:
         return CodedConfig(block_m, 32, 4, 1)
+    if decode and block_m == 16 and head_dim <= 128:
+        return CodedConfig(block_m, 128, 4, 3, 3, 168)  # 3 * 128 * 168 of 65536 registers
     if decode:
-        return CodedConfig(block_m, 128, 4, 3, 4)
+        return CodedConfig(block_m, 128, 4, 3)
     return CodedConfig(max(64, block_m), 64, 4, 2)
 
 
@@ -61,7 +69,13 @@ def quantized_attention(
 
     Caches are coded: `[num_blocks, block_size, Hkv, W]`, scales `[num_blocks, block_size, Hkv]`.
     """
-    run = quantized_attention_triton if q.is_cuda else quantized_attention_ref
+    bounds = {"num_seqs": len(seq_lens), "max_seqlen_k": max_seqlen_k}
+    if not q.is_cuda:
+        run = quantized_attention_ref
+    elif widening_pays(q, k_cache, **bounds):
+        run = attend_widened
+    else:
+        run = quantized_attention_triton
     return run(
         q, k_cache, v_cache, block_tables=block_tables, cu_seqlens_q=cu_seqlens_q,
         seq_lens=seq_lens, scale=scale, max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k,
@@ -120,11 +134,11 @@ def _prefill_codes_kernel(
         end = tl.minimum(seq_len - q_len + i_q + TILE, seq_len)
         _, b_l, b_o1, b_o2 = attend_codes(
             q + o_t * q_stride_t + o_h * q_stride_h + o_c[None, :], m_q, seq_len - q_len + o_q,
-            block_tables + i_s.to(tl.int64) * table_stride, k_codes + i_h * stride_head,
-            v_codes + i_h * stride_head, k_scales + i_h * scale_stride_head,
-            v_scales + i_h * scale_stride_head, stride_block, stride_row, scale_stride_block,
-            scale_stride_row, scale_log2, 0, end, BLOCK_SIZE, BITS, HALF, BLOCK_M, BLOCK_N,
-            BLOCK_C, USE_PTX,
+            seq_len - q_len + i_q + 1, block_tables + i_s.to(tl.int64) * table_stride,
+            k_codes + i_h * stride_head, v_codes + i_h * stride_head,
+            k_scales + i_h * scale_stride_head, v_scales + i_h * scale_stride_head, stride_block,
+            stride_row, scale_stride_block, scale_stride_row, scale_log2, 0, end, BLOCK_SIZE, BITS,
+            HALF, BLOCK_M, BLOCK_N, BLOCK_C, USE_PTX,
         )  # fmt: skip
         b_l = tl.where(b_l == 0.0, 1.0, b_l)[:, None]
         heads = tl.num_programs(1) * GROUP
@@ -161,7 +175,7 @@ def _decode_codes_kernel(
         o_h = i_h * GROUP + o_r
         b_m, b_l, b_o1, b_o2 = attend_codes(
             q + i_t * q_stride_t + o_h[:, None] * q_stride_h + o_c[None, :], m_q,
-            tl.zeros((BLOCK_M,), tl.int32) + (seq_len - 1),
+            tl.zeros((BLOCK_M,), tl.int32) + (seq_len - 1), seq_len,
             block_tables + i_s.to(tl.int64) * table_stride, k_codes + i_h * stride_head,
             v_codes + i_h * stride_head, k_scales + i_h * scale_stride_head,
             v_scales + i_h * scale_stride_head, stride_block, stride_row, scale_stride_block,
@@ -212,6 +226,7 @@ def quantized_attention_triton(
         "GROUP": group, "HALF": dim // 2, "BLOCK_M": config.block_m, "BLOCK_N": config.block_n,
         "BLOCK_C": max(16, next_power_of_2(dim // 2)), "USE_PTX": config.use_ptx,
         "num_warps": config.num_warps, "num_stages": config.num_stages,
+        "maxnreg": config.max_registers,
     }  # fmt: skip
     if not decode:
         tiles = -(-max_seqlen_q // (config.block_m // group))
@@ -233,6 +248,13 @@ def quantized_attention_triton(
 
 
 def coded_splits(device: torch.device, programs: int, max_seqlen_k: int, occupancy: int) -> int:
-    """Splits per sequence: `occupancy` programs per multiprocessor, at least 512 positions each."""
-    wanted = occupancy * device_facts(device).num_sms // max(programs, 1)
-    return previous_power_of_2(min(wanted, max_seqlen_k // _MIN_SPLIT))
+    """Splits per sequence: the fewest under which the device is busy for the least time.
+
+    With `occupancy` programs per multiprocessor that is ceil(programs * splits / resident) rounds
+    of 1 / splits of the work each; at most two rounds, and at least 512 positions per split. Powers
+    of two and three times those keep the number of compiled kernels small.
+    """
+    resident = occupancy * device_facts(device).num_sms
+    most = min(2 * resident // max(programs, 1), max_seqlen_k // _MIN_SPLIT)
+    choices = [n for n in _SPLITS if n <= most] or [1]
+    return min(choices, key=lambda n: (-(-programs * n // resident) / n, n))

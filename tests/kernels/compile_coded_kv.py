@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
 import sys
 from typing import Any
 
@@ -13,8 +14,29 @@ from epd_kernels.quantized_attention import coded_config
 
 attention = importlib.import_module("epd_kernels.quantized_attention")
 store = importlib.import_module("epd_kernels.quantized_store")
+widened = importlib.import_module("epd_kernels.widened_kv")
 
 HEADS = {"GROUP": 4, "HALF": 64, "BLOCK_C": 64, "BLOCK_SIZE": 16, "USE_PTX": True}
+
+
+def open_loop(sass: str) -> int:
+    """Instructions of the shortest loop with matrix products: tiles that need no mask."""
+    labels: dict[str, int] = {}
+    products: list[int] = []
+    found: list[int] = []
+    count = 0
+    for line in sass.splitlines():
+        if label := re.match(r"\s*(\.?L\w+):", line):
+            labels[label[1]] = count
+            continue
+        count += line.rstrip().endswith(";")
+        if "MMA." in line:
+            products.append(count)
+        jump = re.search(r"\bBRA\b.*?(\.?L\w+)", line)
+        start = labels.get(jump[1], count) if jump else count
+        if any(start < at <= count for at in products):
+            found.append(count - start)
+    return min(found)
 
 
 def attention_kernels() -> dict[str, dict[str, Any]]:
@@ -32,11 +54,28 @@ def attention_kernels() -> dict[str, dict[str, Any]]:
             fixed = {**HEADS, "BITS": bits, "BLOCK_M": config.block_m, "BLOCK_N": config.block_n}
             if decode:
                 fixed["SPLITS"] = 8
-            result = describe(build(kernel, types, fixed, config.num_warps, config.num_stages))
+            built = build(kernel, types, fixed, config.num_warps, config.num_stages,
+                          registers=config.max_registers)  # fmt: skip
+            result = describe(built)
             # a trip of the loop takes block_n keys and values of 128 channels
             lanes = 32 * config.num_warps
-            result["per_element"] = result["loop"] * lanes / (config.block_n * 2 * 128)
+            trip = open_loop(built.asm["sass"])
+            result["per_element"] = trip * lanes / (config.block_n * 2 * 128)
+            # the device sets 1 KiB per program aside
+            result["shared"] = config.occupancy * (built.metadata.shared + 1024)
+            result["registers"] = config.occupancy * lanes * (config.max_registers or 255)
             found[f"{name}-int{bits}" if bits == 4 else f"{name}-fp8"] = result
+    return found
+
+
+def widening_kernels() -> dict[str, dict[str, Any]]:
+    found = {}
+    for bits, codes in ((4, "*u8"), (8, "*fp8e4nv")):
+        types = {**LENGTHS, "out": "*bf16", "out_stride_kv": "i64"}
+        types |= dict.fromkeys(("k_codes", "v_codes"), codes)
+        types |= dict.fromkeys(("k_scales", "v_scales"), "*i32")
+        fixed = {"BLOCK_SIZE": 16, "BITS": bits, "HALF": 64, "ROWS": 64, "BLOCK_C": 64}
+        found[f"widen-{bits}"] = describe(build(widened._widen_kernel, types, fixed, 4, 3))
     return found
 
 
@@ -55,4 +94,4 @@ def store_kernels() -> dict[str, dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    json.dump(attention_kernels() | store_kernels(), sys.stdout)
+    json.dump(attention_kernels() | widening_kernels() | store_kernels(), sys.stdout)

@@ -24,7 +24,7 @@ LENGTHS = {"block_tables": "*i32", "cu_seqlens_q": "*i32", "seq_lens": "*i32", "
 
 def build(
     kernel: Any, types: dict[str, str], constants: dict[str, Any], warps: int, stages: int, *,
-    even: tuple[str, ...] = ("D",),
+    even: tuple[str, ...] = ("D",), registers: int | None = None,
 ):  # fmt: skip
     """`kernel` compiled with every pointer, stride and argument in `even` a multiple of 16."""
     names = kernel.arg_names
@@ -35,7 +35,7 @@ def build(
         if signature[n].startswith("*") or "stride" in n or (n, signature[n]) == ("D", "i32")
     }
     fixed = {(names.index(n),): value for n, value in constants.items()}
-    options = {"num_warps": warps, "num_stages": stages}
+    options = {"num_warps": warps, "num_stages": stages, "maxnreg": registers}
     source = ASTSource(kernel, signature, fixed, aligned)
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
 

@@ -12,6 +12,7 @@ import torch
 from epd_kernels import KVFormat, QuantKV, dequantize_kv, quantize_kv, quantized_attention
 from epd_kernels.launch import INTERPRETED
 from epd_kernels.quantized_attention import CodedConfig, coded_splits, quantized_attention_ref
+from epd_kernels.widened_kv import attend_widened, widen_kv, widening_pays
 
 Lengths = tuple[tuple[int, int], ...]
 
@@ -199,6 +200,65 @@ def test_runs_are_bit_equal(backend):
         assert torch.equal(run(*batch.args, **batch.options), first)
 
 
+KERNELS = pytest.mark.parametrize(
+    "backend", ["interpreter", pytest.param("gpu", marks=pytest.mark.gpu)], indirect=True
+)
+
+
+@KERNELS
+@FORMATS
+@pytest.mark.parametrize("case", [*DECODE[1:3], *PREFILL], ids=name)
+def test_widened_equals_dense(case, target, backend):
+    """The scratch is NaN where nothing is written, as are the slots that are not named."""
+    for dtype in backend.dtypes[1:]:
+        batch = CodedBatch(target, dtype, backend.device, **case)
+        close(attend_widened(*batch.args, **batch.options), dense(batch))
+    longer = {**batch.options, "max_seqlen_k": 600}
+    close(attend_widened(*batch.args, **longer), dense(batch))
+
+
+@KERNELS
+@FORMATS
+@pytest.mark.parametrize("rows_first", [True, False])
+def test_widened_rows_are_what_the_codes_mean(rows_first, target, backend):
+    """Bit for bit; and nothing is written past the length of a sequence."""
+    batch = CodedBatch(target, torch.float32, backend.device, ((1, 70), (1, 0), (1, 33)), dim=24)
+    caches = batch.args[1:]
+    if not rows_first:
+        caches = [
+            type(c)(*(t.transpose(1, 2).contiguous().transpose(1, 2) for t in c)) for c in caches
+        ]
+    tables = batch.options["block_tables"][:, :5]
+    out = widen_kv(*caches, block_tables=tables, seq_lens=batch.options["seq_lens"],
+                   dtype=torch.float32)  # fmt: skip
+    for found, kept in zip(out.cpu().view(2, 3, 80, 2, 24), (batch.k, batch.v), strict=True):
+        for rows, expected in zip(found, kept, strict=True):
+            assert torch.equal(rows[: len(expected)], expected)
+            assert bool(rows[len(expected) :].isnan().all())
+
+
+def test_widening_is_for_many_queries_and_a_scratch_that_fits():
+    cache = poisoned_cache(KVFormat.INT4, 1, 16, 8, 128)
+
+    def pays(queries: int, num_seqs: int, length: int) -> bool:
+        q = torch.zeros(queries, 1, 1, dtype=torch.bfloat16)
+        return widening_pays(q, cache, num_seqs=num_seqs, max_seqlen_k=length)
+
+    assert pays(128, 1, 8192) and not pays(127, 1, 8192)
+    assert pays(512, 4, 16384) and not pays(512, 5, 2048)
+    assert pays(4096, 1, 65536) and not pays(4096, 1, 65537)
+
+
+def test_splits_fill_whole_rounds():
+    """Twelve programs are resident on a device of four multiprocessors."""
+
+    def splits(programs: int, length: int) -> int:
+        return coded_splits(torch.device("cpu"), programs, length, 3)
+
+    assert [splits(2, n) for n in (511, 1024, 2048, 32768)] == [1, 2, 4, 6]
+    assert [splits(n, 32768) for n in (1, 3, 5, 8, 12, 13, 100)] == [12, 4, 2, 3, 1, 1, 1]
+
+
 def test_cpu_tensors_take_the_reference():
     batch = CodedBatch(KVFormat.INT4, torch.float32, "cpu", PREFILL[1]["seqs"])
     expected = quantized_attention_ref(*batch.args, **batch.options)
@@ -214,7 +274,7 @@ def test_cpu_tensors_take_the_reference():
         {"seqs": tuple((1, n) for n in (1, 127, 128, 1000, 4097)), "heads": 32, "kv_heads": 8},
         {"seqs": ((1, 8191),), "heads": 28, "kv_heads": 4},
         {"seqs": ((1, 700), (1, 2048)), "heads": 16, "kv_heads": 16, "dim": 96},
-        {"seqs": ((255, 255), (129, 640), (1, 300)), "heads": 32, "kv_heads": 8},
+        {"seqs": ((255, 255), (129, 640), (1, 300), (1, 40)), "heads": 32, "kv_heads": 8},
         {"seqs": ((200, 200),), "heads": 8, "kv_heads": 1, "dim": 64, "block": 8},
     ],
     ids=name,
