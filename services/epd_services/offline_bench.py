@@ -59,8 +59,12 @@ def run_offline_bench(
     seed: int = 0,
     workload: Workload | None = None,
     out: Path | None = None,
+    kv: str = "auto",
 ) -> list[Row]:
-    """The rows of one run, also printed and, with `out`, written as CSV. Raises `EPDError`."""
+    """The rows of one run, also printed and, with `out`, written as CSV. Raises `EPDError`.
+
+    `kv` is how keys and values are held, as `epd serve --kv` takes it.
+    """
     from epd_services.offline_pipeline import OfflinePipeline, Sizes
 
     work = workload or Workload()
@@ -73,13 +77,17 @@ def run_offline_bench(
             max_num_seqs=work.requests,
             longest_output=max(*work.outputs, work.decode_steps + 16),
         )
-        pipeline = OfflinePipeline(config_dir, device=device, dtype=kind, seed=seed, sizes=sizes)
+        pipeline = OfflinePipeline(
+            config_dir, device=device, dtype=kind, seed=seed, sizes=sizes, kv=kv
+        )
         results = _measure(pipeline, work, advance)
         advance(work.measurements + 1, "done")
-    facts = machine(command=_command(config_dir), device=device) | {
+    command = _command(config_dir) if kv == "auto" else _module_command(config_dir, kv)
+    facts = machine(command=command, device=device) | {
         "model": config_dir.resolve().name,
         "dtype": str(kind).removeprefix("torch."),
         "weight_bytes": pipeline.weight_bytes,
+        "kv": kv,
         "kv_blocks": pipeline.core.stats().blocks_total,
     }
     rows = [facts | row for row in results]
@@ -193,6 +201,10 @@ def _command(config_dir: Path) -> str:
     return f"epd bench --offline {config_dir} --random-weights"
 
 
+def _module_command(config_dir: Path, kv: str) -> str:
+    return f"python -m epd_services.offline_bench {config_dir} --kv {kv}"
+
+
 def _print(rows: list[Row], seconds: float) -> None:
     facts = rows[0]
     versions = ", ".join(f"{name} {facts[name]}" for name in ("torch", "triton", "transformers"))
@@ -212,13 +224,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--kv", default="auto")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--requests", type=int, default=Workload().requests)
     given = parser.parse_args(arguments)
     try:
         run_offline_bench(
             given.config_dir, device=given.device, dtype=given.dtype, seed=given.seed,
-            workload=Workload(requests=given.requests), out=given.out,
+            workload=Workload(requests=given.requests), out=given.out, kv=given.kv,
         )  # fmt: skip
     except EPDError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -19,6 +19,7 @@ import torch
 from epd.config import EngineConfig
 from epd.core import EngineCore, NewSequence
 from epd.errors import EPDError
+from epd.kv.gate import choose_formats
 from epd.kv.pool import KVPool
 from epd.models.card import ModelCard
 from epd.models.decoder import Decoder
@@ -62,8 +63,9 @@ class OfflinePipeline:
     """An encoder and an engine core of a config directory's shape, weights drawn from a seed."""
 
     def __init__(
-        self, config_dir: Path, *, device: str, dtype: torch.dtype, seed: int, sizes: Sizes
-    ) -> None:
+        self, config_dir: Path, *, device: str, dtype: torch.dtype, seed: int, sizes: Sizes,
+        kv: str = "auto",
+    ) -> None:  # fmt: skip
         self.card = ModelCard.load(config_dir, weights=False)
         self.device = torch.device(device)
         self.sizes = sizes
@@ -73,7 +75,7 @@ class OfflinePipeline:
         self.decoder = Decoder.random(self.card.text, device, dtype, seed)
         self.image_tokens = self.encoder.num_tokens(_PICTURE[1], _PICTURE[0])
         self.core = EngineCore(
-            self.decoder, self.card, config=self._config(dtype), device=self.device
+            self.decoder, self.card, config=self._config(dtype, kv), device=self.device
         )
 
     @property
@@ -81,12 +83,13 @@ class OfflinePipeline:
         """Bytes that the weights of both halves hold."""
         return self.encoder.resident_bytes() + self.decoder.resident_bytes()
 
-    def _config(self, dtype: torch.dtype) -> EngineConfig:
+    def _config(self, dtype: torch.dtype, kv: str) -> EngineConfig:
         """A KV pool for every sequence at its longest, or as much of it as there is memory for."""
         text = self.card.text
+        formats, _ = choose_formats(self.decoder, self.card, kv)
         block = KVPool.block_bytes(
             text.num_layers, block_size=_BLOCK, num_kv_heads=text.num_kv_heads,
-            head_dim=text.head_dim, dtype=dtype,
+            head_dim=text.head_dim, dtype=dtype, formats=formats,
         )  # fmt: skip
         longest = self.sizes.text_tokens + self.image_tokens + self.sizes.longest_output
         wanted = self.sizes.max_num_seqs * (-(-longest // _BLOCK) + 1)
@@ -95,7 +98,7 @@ class OfflinePipeline:
             wanted = min(wanted, int(0.85 * free) // block)
         return EngineConfig(
             block_size=_BLOCK, num_blocks=max(wanted, 2), max_num_seqs=self.sizes.max_num_seqs,
-            max_batched_tokens=self.sizes.max_batched_tokens, prefix_cache=False,
+            max_batched_tokens=self.sizes.max_batched_tokens, prefix_cache=False, kv=kv,
         )  # fmt: skip
 
     def pictures(self, count: int) -> list[Image]:

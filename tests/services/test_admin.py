@@ -269,7 +269,7 @@ def test_status_shows_every_worker(service: Service) -> None:
     assert {w["name"] for w in data["workers"]} == set(CREW)
     wanted = {"stages", "state", "epoch", "encode_queue", "prefill_waiting", "handoff_queue",
               "running", "blocks_total", "blocks_free", "cache_hits", "cache_queries",
-              "heartbeat_age_s", "resident_bytes"}  # fmt: skip
+              "heartbeat_age_s", "resident_bytes", "kv_fallbacks"}  # fmt: skip
     assert wanted <= set(data["workers"][0])
 
 

@@ -7,12 +7,14 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from PIL import Image
 
 from epd.errors import CheckpointError, ConfigError
+from epd.kv.pool import KVPool
 from epd.models.card import ModelCard
 from epd.models.tiny import write_tiny_llava
 from epd_services import offline_bench
@@ -104,6 +106,28 @@ def test_requests_give_all_their_tokens_and_all_their_blocks_back(config_dir: Pa
     assert (stats.waiting, stats.running) == (0, 0)
     assert stats.blocks_free == stats.blocks_total
     pipeline.core.check()
+
+
+def test_the_pool_is_sized_for_how_kv_is_held(
+    config_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The benchmark and the engine count the same bytes per block."""
+    counted: list[int] = []
+    block_bytes = KVPool.block_bytes
+
+    def counting(*args: Any, **options: Any) -> int:
+        counted.append(block_bytes(*args, **options))
+        return counted[-1]
+
+    monkeypatch.setattr(KVPool, "block_bytes", staticmethod(counting))
+    pipeline = OfflinePipeline(
+        config_dir, device="cpu", dtype=torch.float32, seed=0, kv="fp8",
+        sizes=Sizes(text_tokens=8, max_num_seqs=2, longest_output=4),
+    )  # fmt: skip
+    assert pipeline.core.pool.formats == ("fp8", "fp8")
+    # 2 layers, K and V, 16 rows, 4 heads, 16 codes and a scale
+    assert counted == [2 * 2 * 16 * 4 * (16 + 4)] * 2
+    assert len(pipeline.decode_seconds(1, steps=2)) == 2
 
 
 def test_it_needs_neither_network_nor_settings() -> None:
