@@ -18,7 +18,7 @@ from pathlib import Path
 DOCS = Path(__file__).parent
 PAGES = (
     DOCS.parent / "README.md", DOCS / "elastic.md", DOCS / "eval/README.md",
-    DOCS.parent / "pruning/README.md",
+    DOCS.parent / "pruning/README.md", DOCS / "quantization.md",
 )  # fmt: skip
 _REGION = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -176,6 +176,34 @@ def _selection() -> str:
     return f"{one['device']}, {versions}.\n\n" + _markdown(header, cells)
 
 
+def _kv_decode() -> str:
+    return _kv_attention("kv-decode", ("bf16", "fp8", "int4"))
+
+
+def _kv_prefill() -> str:
+    return _kv_attention("kv-prefill", ("bf16", "sdpa-flash", "fp8", "int4"))
+
+
+def _kv_attention(op: str, impls: tuple[str, ...]) -> str:
+    """Microseconds, and our bf16 kernel's time over each."""
+    times: dict[str, dict[str, float]] = {}
+    rows = [row for row in _rows("bench/kv_attention_h200.csv") if row["op"] == op]
+    for row in rows:
+        times.setdefault(row["shape"], {})[row["impl"]] = float(row["p50_us"])
+    cells = []
+    for shape, found in times.items():
+        told = dict(word.split("=") for word in shape.split())
+        each = [
+            f"{found[impl]:.0f} ({found['bf16'] / found[impl]:.2f}x)" if impl in found else ""
+            for impl in impls[1:]
+        ]
+        cells.append([told["S"], told["q"], told["L"], f"{found['bf16']:.0f}", *each])
+    header = ["sequences", "queries of each", "positions", "bf16 KV, µs", *impls[1:]]
+    one = rows[0]
+    versions = f"torch {one['torch']}, Triton {one['triton']}, {one['commit']}, {one['date']}"
+    return f"{one['device']}, {versions}.\n\n" + _markdown(header, cells)
+
+
 _SELECTION_TIMES = {
     "device_us": "device, ms", "clock_us": "launched from Python", "torch_us": "eager torch",
 }  # fmt: skip
@@ -194,6 +222,8 @@ def _relative(row: dict[str, str]) -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     "accuracy": _accuracy,
+    "kv_decode": _kv_decode,
+    "kv_prefill": _kv_prefill,
     "offline": _offline,
     "pruning": _pruning,
     "pruning_headlines": _pruning_headlines,
