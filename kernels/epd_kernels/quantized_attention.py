@@ -53,8 +53,9 @@ def coded_config(*, head_dim: int, rows: int, decode: bool) -> CodedConfig:
     block_m = max(16, next_power_of_2(rows))
     if INTERPRETED:
         return CodedConfig(block_m, 32, 4, 1)
-    if decode and block_m == 16 and head_dim <= 128:
-        return CodedConfig(block_m, 128, 4, 3, 3, 168)  # 3 * 128 * 168 of 65536 registers
+    if decode and block_m == 16 and head_dim <= 128 and head_dim == next_power_of_2(head_dim):
+        # 3 * 128 * 168 of 65536 registers; heads of other widths, masked or wider, would spill
+        return CodedConfig(block_m, 128, 4, 3, 3, 168)
     if decode:
         return CodedConfig(block_m, 128, 4, 3)
     return CodedConfig(max(64, block_m), 64, 4, 2)
