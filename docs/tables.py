@@ -199,7 +199,7 @@ def _kv_attention(op: str, impls: tuple[str, ...]) -> str:
         ]
         cells.append([told["S"], told["q"], told["L"], f"{found['bf16']:.0f}", *each])
     header = ["sequences", "queries of each", "positions", "bf16 KV, µs", *impls[1:]]
-    one = rows[0]
+    one = rows[-1]
     versions = f"torch {one['torch']}, Triton {one['triton']}, {one['commit']}, {one['date']}"
     return f"{one['device']}, {versions}.\n\n" + _markdown(header, cells)
 
