@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import os
+import signal
 import stat
 import subprocess
 import sys
@@ -108,6 +109,7 @@ class Service:
 
 @pytest.fixture(autouse=True)
 def no_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "140")
     for name in [name for name in os.environ if name.startswith("EPD_")]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("CI", "1")
@@ -258,12 +260,16 @@ def test_bodies_are_bounded_and_json(service: Service) -> None:
 # the command line
 
 
-def test_status_shows_every_worker(service: Service) -> None:
+def test_status_shows_every_worker(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
     shown = service.epd("status")
     assert shown.exit_code == 0
     for name in CREW:
         assert name in shown.stdout
     assert "serving" in shown.stdout and "queues E/P/D" in shown.stdout
+    monkeypatch.setenv("COLUMNS", "80")
+    narrow = service.epd("status").stdout
+    assert all(name in narrow for name in CREW) and "serving" in narrow and "E/P/D" in narrow
+    assert "leases" not in narrow
     data = service.data("status")
     assert data["ready"] is True and data["switches"] == []
     assert {w["name"] for w in data["workers"]} == set(CREW)
@@ -276,11 +282,15 @@ def test_status_shows_every_worker(service: Service) -> None:
 def test_watch_goes_on_until_interrupted(service: Service) -> None:
     program = [sys.executable, "-m", "epd_services.cli.app", "admin", "--run-dir"]
     watch = [str(service.run_dir), "status", "--watch", "--json", "--interval", "0.1"]
-    with subprocess.Popen([*program, *watch], stdout=subprocess.PIPE, text=True) as watching:
+    # a test run in the background of a shell inherits an ignored SIGINT
+    with subprocess.Popen(
+        [*program, *watch], stdout=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    ) as watching:  # fmt: skip
         assert watching.stdout is not None
         for _ in range(3):
             assert json.loads(watching.stdout.readline())["ready"] is True
-        watching.send_signal(2)
+        watching.send_signal(signal.SIGINT)
         assert watching.wait(20) == 130
 
 

@@ -6,7 +6,7 @@ import datetime
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from epd_services.cli.terminal import table
+from epd_services.cli.terminal import table, width
 from epd_services.gateway.switches import PHASES
 
 if TYPE_CHECKING:
@@ -19,16 +19,19 @@ _WORKERS = (
     "cache hits", "weights MiB", "heard s ago",
 )  # fmt: skip
 _HISTORY = ("when", "worker", "switch", "state", *PHASES, "moved", "why")
+_WIDE = 110
+_NARROW_WORKERS = ("worker", "stages", "state", "epoch", "queues E/P/D", "running", "KV blocks")
+_NARROW_HISTORY = ("when", "worker", "switch", "state", "total", "why")
 
 
 def status_table(status: dict[str, Any]) -> Table:
     """The workers of a status report, and a caption with what concerns all of them."""
-    made = table(
+    title = (
         f"{status['topology']}, {'ready' if status['ready'] else 'NOT READY'}, "
-        f"{status['inflight']} in flight",
-        _WORKERS,
-        [_worker_row(worker) for worker in status["workers"]],
+        f"{status['inflight']} in flight"
     )
+    rows = [_worker_row(worker) for worker in status["workers"]]
+    made = table(title, *_fitting(_WORKERS, _NARROW_WORKERS, rows))
     lines = [record_line(record) for record in status["switches"]]
     lines += [f"{name} is refused: {why}" for name, why in status["refused"].items()]
     made.caption = "\n".join(lines) or None
@@ -60,7 +63,18 @@ def share(part: int, whole: int) -> str:
 
 def history_table(records: Sequence[dict[str, Any]]) -> Table:
     """One line a switch; phases in seconds."""
-    return table("", _HISTORY, [_history_row(record) for record in records])
+    rows = [_history_row(record) for record in records]
+    return table("", *_fitting(_HISTORY, _NARROW_HISTORY, rows))
+
+
+def _fitting(
+    columns: Sequence[str], few: Sequence[str], rows: Sequence[tuple[object, ...]]
+) -> tuple[Sequence[str], list[tuple[object, ...]]]:
+    """All columns, or on a narrow terminal the `few` that matter most; `--json` has all of them."""
+    if width() >= _WIDE:
+        return columns, list(rows)
+    chosen = [columns.index(name) for name in few]
+    return few, [tuple(row[index] for index in chosen) for row in rows]
 
 
 def _history_row(record: dict[str, Any]) -> tuple[object, ...]:

@@ -22,7 +22,7 @@ from epd.errors import (
 if TYPE_CHECKING:
     from rich.table import Table
 
-__all__ = ["note", "print_json", "show_table", "table", "three_lines", "usage_error"]
+__all__ = ["note", "print_json", "show_table", "table", "three_lines", "usage_error", "width"]
 
 _FRAMES: dict[type[EPDError], tuple[str, str]] = {
     ConfigError: ("The settings cannot work.", "epd config show"),
@@ -81,12 +81,19 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) 
     return made
 
 
-def show_table(made: Table) -> None:
-    """Print a table on standard output, wide enough for a log when that is no terminal."""
+def width() -> int:
+    """Columns of standard output, wide enough for a log when that is no terminal."""
     from rich.console import Console
 
-    width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else 140
-    Console(width=width).print(made)
+    told = sys.stdout.isatty() or "COLUMNS" in os.environ
+    return Console().width if told else 140
+
+
+def show_table(made: Table) -> None:
+    """Print a table on standard output."""
+    from rich.console import Console
+
+    Console(width=width()).print(made)
 
 
 def _text(cell: object) -> str:
