@@ -204,6 +204,46 @@ def _kv_attention(op: str, impls: tuple[str, ...]) -> str:
     return f"{one['device']}, {versions}.\n\n" + _markdown(header, cells)
 
 
+def _quantize_kv() -> str:
+    rows = _rows("eval/quantize_kv.csv")
+    cells = [
+        [
+            row["scheme"], row["kv"], row["kv_fallbacks"], row["method"],
+            f"{row['correct']} of {row['questions']}", f"{100 * float(row['accuracy']):.1f}",
+            _points(row["accuracy"], rows[0]["accuracy"]),
+            f"{100 * float(row['same_tokens']):.1f}", _error(row["layer_output_error"]),
+        ]
+        for row in rows
+    ]  # fmt: skip
+    header = ["weights", "KV", "layers that fell back", "rounding", "right", "accuracy, %",
+              "points over plain", "same tokens, %", "layer error, %"]  # fmt: skip
+    return _markdown(header, cells)
+
+
+def _quantize_pruning() -> str:
+    cells = [
+        [
+            row["model"], row["kv"], row["method"],
+            f"{100 * float(row['budget']):g} %" if row["budget"] else "all",
+            f"{row['correct']} of {row['questions']}", f"{100 * float(row['accuracy']):.1f}",
+            _points(row["accuracy"], row["dense_accuracy"]),
+            _points(row["accuracy"], row["plain_accuracy"]), row["jaccard"],
+        ]
+        for row in _rows("eval/quantize_pruning.csv")
+    ]  # fmt: skip
+    header = ["model", "KV", "pruning", "kept", "right", "accuracy, %", "points over unpruned",
+              "points over plain", "overlap (Jaccard)"]  # fmt: skip
+    return _markdown(header, cells)
+
+
+def _points(share: str, base: str) -> str:
+    return f"{100 * (float(share) - float(base)):+.1f}"
+
+
+def _error(value: str) -> str:
+    return f"{100 * float(value):.2f}" if value else ""
+
+
 _SELECTION_TIMES = {
     "device_us": "device, ms", "clock_us": "launched from Python", "torch_us": "eager torch",
 }  # fmt: skip
@@ -232,6 +272,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "serving": _serving,
     "simulated_shift": _simulated_shift,
     "simulated_shapes": _simulated_shapes,
+    "quantize_kv": _quantize_kv,
+    "quantize_pruning": _quantize_pruning,
     "real_shift": _real_shift,
 }
 
