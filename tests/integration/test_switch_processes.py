@@ -107,6 +107,7 @@ class Operator:
 
     def restore(self, topology: dict[str, str]) -> None:
         """Everybody in the role it was started with, also who died a moment ago."""
+        time.sleep(1.5)  # longer than a death goes unnoticed
         for _ in range(3):
             self.stack.wait_ready()
             try:
