@@ -48,13 +48,14 @@ class CodedConfig:
     use_ptx: bool = not INTERPRETED
 
 
-def coded_config(*, head_dim: int, rows: int, decode: bool) -> CodedConfig:
+def coded_config(*, target: KVFormat, head_dim: int, rows: int, decode: bool) -> CodedConfig:
     """The launch configuration for `rows` (query, head) pairs per tile, 16 at least."""
     block_m = max(16, next_power_of_2(rows))
     if INTERPRETED:
         return CodedConfig(block_m, 32, 4, 1)
-    if decode and block_m == 16 and head_dim <= 128 and head_dim == next_power_of_2(head_dim):
-        # 3 * 128 * 168 of 65536 registers; heads of other widths, masked or wider, would spill
+    plain = head_dim <= 128 and head_dim == next_power_of_2(head_dim)
+    if decode and block_m == 16 and plain and target is KVFormat.INT4:
+        # 3 * 128 * 168 of 65536 registers; other widths, and FP8 under Triton 3.9, would spill
         return CodedConfig(block_m, 128, 4, 3, 3, 168)
     if decode:
         return CodedConfig(block_m, 128, 4, 3)
@@ -212,7 +213,7 @@ def quantized_attention_triton(
     if not tokens:
         return out
     group, num_seqs, decode = heads // kv_heads, len(seq_lens), max_seqlen_q == 1
-    config = config or coded_config(head_dim=dim, rows=group, decode=decode)
+    config = config or coded_config(target=k_cache.format, head_dim=dim, rows=group, decode=decode)
     caches = (
         k_cache.codes,
         v_cache.codes,

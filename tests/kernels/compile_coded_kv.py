@@ -10,6 +10,7 @@ from typing import Any
 
 from compile_for_hopper import LENGTHS, build, describe
 
+from epd_kernels import KVFormat
 from epd_kernels.quantized_attention import coded_config
 
 attention = importlib.import_module("epd_kernels.quantized_attention")
@@ -50,7 +51,8 @@ def attention_kernels() -> dict[str, dict[str, Any]]:
             ("prefill", attention._prefill_codes_kernel),
         ):
             decode = name == "decode"
-            config = coded_config(head_dim=128, rows=4, decode=decode)
+            target = KVFormat.INT4 if bits == 4 else KVFormat.FP8
+            config = coded_config(target=target, head_dim=128, rows=4, decode=decode)
             fixed = {**HEADS, "BITS": bits, "BLOCK_M": config.block_m, "BLOCK_N": config.block_n}
             if decode:
                 fixed["SPLITS"] = 8
