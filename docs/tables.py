@@ -110,7 +110,14 @@ def _simulated(rows: list[dict[str, str]]) -> str:
 
 
 def _real_shift() -> str:
-    rows = _rows("bench/elastic_real.csv")
+    return _real(_rows("bench/elastic_real.csv"))
+
+
+def _real_shift_light() -> str:
+    return _real(_rows("bench/elastic_real_light.csv"))
+
+
+def _real(rows: list[dict[str, str]]) -> str:
     columns = {
         "policy": "policy", "run": "run", "latency_s": "latency s", "ttft_s": "TTFT s",
         "tpot_ms": "TPOT ms", "seconds": "all answered after s", "lost": "lost", "wrong": "wrong",
@@ -275,6 +282,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "quantize_kv": _quantize_kv,
     "quantize_pruning": _quantize_pruning,
     "real_shift": _real_shift,
+    "real_shift_light": _real_shift_light,
 }
 
 
