@@ -26,7 +26,7 @@ _RANGES = {
     "keep": _BUDGET,
     "layer_keep": _BUDGET,
     "params": "an object of the method's parameters",
-    "positions": "one of keep, renumber, keep+calibrate",
+    "positions": "one of keep, renumber (keep+calibrate is not served)",
     "turns": "one of reselect, sticky",
 }
 
