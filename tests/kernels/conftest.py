@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import json
+import os
+import subprocess
+import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -119,3 +123,16 @@ def _assert_close(
     error = (actual.detach().double().cpu() - reference).norm()
     bound = (ratio or _RATIO[actual.dtype]) * reference.norm() + 1e-30
     assert error <= bound, f"relative error {error / reference.norm():.2e}"
+
+
+@pytest.fixture(scope="module")
+def compiled(request, tmp_path_factory):
+    """What the module's CHILD, a program that compiles without the interpreter, prints as JSON."""
+    if triton is None:
+        pytest.skip("Triton is not installed")
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
+    program = [sys.executable, request.module.CHILD]
+    done = subprocess.run(program, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)

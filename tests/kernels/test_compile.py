@@ -5,28 +5,11 @@ Compilation needs a process in which Triton does not interpret, so one child com
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from epd_kernels.launch import triton
-
 CHILD = Path(__file__).with_name("compile_for_hopper.py")
-
-
-@pytest.fixture(scope="module")
-def compiled(tmp_path_factory):
-    if triton is None:
-        pytest.skip("Triton is not installed")
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
-    done = subprocess.run([sys.executable, CHILD], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
 
 
 def test_nothing_spills(compiled):
