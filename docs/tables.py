@@ -18,7 +18,7 @@ from pathlib import Path
 DOCS = Path(__file__).parent
 PAGES = (
     DOCS.parent / "README.md", DOCS / "elastic.md", DOCS / "eval/README.md",
-    DOCS.parent / "pruning/README.md", DOCS / "quantization.md",
+    DOCS.parent / "pruning/README.md", DOCS / "quantization.md", DOCS / "admin.md",
 )  # fmt: skip
 _REGION = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -66,6 +66,22 @@ def _offline() -> str:
     ]  # fmt: skip
     header = ["measure", "images", "batch", "requests", "output tokens", "value"]
     return _measured(rows[0]) + _markdown(header, cells)
+
+
+def _roles() -> str:
+    rows = _rows("bench/roles_h200.csv")
+    columns = {"old": "from", "new": "to", "unload_s": "unload s", "load_s": "load s",
+               "resident_gb": "weights then held, GB", "share": "% of all weights"}  # fmt: skip
+    cells = [[_rounded(row[name]) for name in columns] for row in rows]
+    return _measured(rows[0]) + _markdown(list(columns.values()), cells)
+
+
+def _rounded(value: str) -> str:
+    """Seconds to the millisecond; what is no small number stays as it is."""
+    try:
+        return f"{float(value):.3f}" if float(value) < 1 else value
+    except ValueError:
+        return value
 
 
 def _serving() -> str:
@@ -268,6 +284,7 @@ def _relative(row: dict[str, str]) -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {
+    "roles": _roles,
     "accuracy": _accuracy,
     "kv_decode": _kv_decode,
     "kv_prefill": _kv_prefill,
