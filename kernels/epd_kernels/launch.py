@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -193,8 +193,11 @@ def read_launches(path: Path) -> dict[str, dict[tuple[int, int], dict[int, GemmC
 
 @cache
 def tuned_launch(name: str, scheme: str, M: int, N: int, K: int) -> GemmConfig | None:
-    """The launch of the table `name` for the nearest shape and token count, None without one."""
-    shapes = _table(name).get(scheme) or _table(name).get(scheme.removesuffix("-tiled"), {})
+    """The launch of the table `name` for the nearest shape and token count, None without one.
+
+    Beyond the greatest token count tiles are many, and K is not split.
+    """
+    shapes = _shapes(name, scheme)
     distance = {
         (n, k): abs(math.log2(N / n)) + abs(math.log2(K / k)) for n, k in shapes
     }  # fmt: skip
@@ -202,4 +205,12 @@ def tuned_launch(name: str, scheme: str, M: int, N: int, K: int) -> GemmConfig |
     if nearest is None or distance[nearest] > 1:
         return None
     launches = shapes[nearest]
-    return launches[min((m for m in launches if m >= M), default=max(launches))]
+    enough = min((m for m in launches if m >= M), default=None)
+    return replace(launches[max(launches)], splits=1) if enough is None else launches[enough]
+
+
+def _shapes(name: str, scheme: str) -> dict[tuple[int, int], dict[int, GemmConfig]]:
+    """Launches of `scheme` by shape and tokens; those of rows fill in for tiles not tuned."""
+    table = _table(name)
+    rows, own = table.get(scheme.removesuffix("-tiled"), {}), table.get(scheme, {})
+    return {shape: rows.get(shape, {}) | own.get(shape, {}) for shape in rows | own}

@@ -19,6 +19,7 @@ span in a workspace, and the last to arrive adds them in fixed order, so two run
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from functools import cache
 
 import torch
@@ -249,13 +250,16 @@ def w4_gemm_triton(
         scheme="" if shifted else _scheme(x, weight),
     )  # fmt: skip
     steps = width // (2 * min(group, TILE_K // 2))
-    grid = (-(-tokens // config.block_m), -(-features // config.block_n), config.splits)
+    blocks = (-(-tokens // config.block_m), -(-features // config.block_n))
+    if math.prod(blocks) > _MOST_BLOCKS:
+        config = replace(config, splits=1)  # they fill any device, and counters are as many
+    grid = (*blocks, config.splits)
     partial = arrivals = out  # never touched by a single span
     if config.splits > 1:
         held = torch.int32 if rowwise and weight.format is Format.HI4 else torch.float32
         size = math.prod(grid) * config.block_m * config.block_n
         partial = torch.empty(size, dtype=held, device=x.device)
-        arrivals = _arrivals(x.device, grid[0] * grid[1])
+        arrivals = _arrivals(x.device)
     _w4_gemm_kernel[grid](
         x, weight.data, weight.scales, zeros, sums, x_scales, bias, out, partial, arrivals, tokens,
         features, config.splits, x.stride(0), unit, K=width, GROUP=group,
@@ -278,18 +282,12 @@ def _scheme(x: torch.Tensor, weight: PackedWeight) -> str:
 
 
 @cache
-def _counters(device: torch.device) -> torch.Tensor:
-    return torch.zeros(_MOST_BLOCKS, dtype=torch.int32, device=device)
-
-
-def _arrivals(device: torch.device, blocks: int) -> torch.Tensor:
+def _arrivals(device: torch.device) -> torch.Tensor:
     """Zeroed counters, one per block, which every launch leaves at zero again.
 
     They are the device's, not the call's: GEMMs of one device run one after another.
     """
-    if blocks > _MOST_BLOCKS:
-        raise FormatError(f"{blocks} blocks are too many to split K; {_MOST_BLOCKS} is the limit")
-    return _counters(device)
+    return torch.zeros(_MOST_BLOCKS, dtype=torch.int32, device=device)
 
 
 def padded(x: torch.Tensor) -> torch.Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -33,17 +35,37 @@ def test_nearest_shape_and_bucket():
     table = read_launches(next(path for path in TABLES if path.stem == H200))
     exact = table["w4a8-fp8-tiled"][22016, 4096]
     find = lambda m, n, k: tuned_launch(H200, "w4a8-fp8-tiled", m, n, k)  # noqa: E731
-    for tokens, bucket in ((1, 16), (16, 16), (17, 32), (128, 128), (10**6, 640)):
+    for tokens, bucket in ((1, 16), (16, 16), (17, 32), (128, 128), (640, 640)):
         assert find(tokens, 22016, 4096) == exact[bucket]
     assert find(64, 20480, 4096) == exact[64]
     assert find(64, 1024, 4096) is None
     assert find(16, 4096, 14336) == table["w4a8-fp8-tiled"][4096, 11008][16]
 
 
+@pytest.mark.parametrize("path", TABLES, ids=lambda path: path.stem)
+def test_k_is_not_split_beyond_the_tuned_token_counts(path):
+    for scheme, shapes in read_launches(path).items():
+        for n, k in shapes:
+            found = tuned_launch(path.stem, scheme, 16 * 1024, n, k)
+            assert found is not None and found.splits == 1
+
+
 def test_row_major_launches_serve_tiles_that_were_not_tuned():
     table = read_launches(next(path for path in TABLES if path.stem == H200))
     expected = table["w4a8-int8-group"][22016, 4096][64]
     assert tuned_launch(H200, "w4a8-int8-group-tiled", 64, 22016, 4096) == expected
+
+
+def test_row_major_launches_serve_token_counts_that_were_not_tuned_in_tiles(monkeypatch):
+    rows = {16: GemmConfig(64, 16, 4, 4, 4), 640: GemmConfig(128, 64, 2, 4, 3)}
+    tiles = {16: GemmConfig(64, 16, 2, 4, 6), 128: GemmConfig(64, 64, 2, 4, 3)}
+    table = {"s": {(4096, 11008): rows}, "s-tiled": {(4096, 11008): tiles}}
+    monkeypatch.setattr(launch, "_table", lambda name: table)
+    find = partial(tuned_launch.__wrapped__, "device", "s-tiled", N=4096, K=14336)
+    assert find(M=16) == tiles[16]
+    assert find(M=100) == tiles[128]
+    assert find(M=300) == rows[640]
+    assert find(M=16384) == replace(rows[640], splits=1)
 
 
 def test_without_a_table():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+from functools import partial
 from itertools import product
 
 import pytest
@@ -124,6 +126,20 @@ def test_splits_of_k(scheme, splits, backend, assert_close):
     outs = [run(x, packed, out_dtype=torch.float32, x_scales=scales, **options) for _ in "12"]
     assert torch.equal(*outs)
     assert_close(outs[0], wide @ dense.t(), ratio=_ratio(scheme, backend, outs[0]))
+
+
+def test_more_blocks_than_counters(backend, monkeypatch):
+    """A launch that asks to split K still runs, on one span, where its blocks are too many."""
+    if backend.name == "ref":
+        pytest.skip("the reference has no launch")
+    gemm = importlib.import_module("epd_kernels.w4_gemm")
+    x, scales, packed, _, _ = _operands(
+        "w4a8-int8-hi4", 40, 70, 1024, 128, torch.float32, backend.device
+    )
+    run = partial(gemm.w4_gemm_triton, x, packed, out_dtype=torch.float32, x_scales=scales)
+    expected = run(config=GemmConfig(32, 16, 1, 4, 1))
+    monkeypatch.setattr(gemm, "_MOST_BLOCKS", 8)
+    assert torch.equal(run(config=GemmConfig(32, 16, 2, 4, 1)), expected)
 
 
 def test_int8_products_are_exact(backend):
