@@ -18,6 +18,7 @@ from epd.models.checkpoint import Checkpoint, resolve_dtype
 from epd.models.files import problem
 from epd.models.layers import DecoderLayer, RMSNorm
 from epd.models.quantized_layers import install_layers, quantized_paths
+from epd.models.random_layers import STANDARD_DEVIATION, install_random, linear_paths
 from epd.models.rope import inverse_frequencies, rope_angles
 from epd.models.text_config import DecoderConfig
 from epd_kernels import Fp8Linear, QuantLinear
@@ -108,15 +109,23 @@ class Decoder(nn.Module):
         device: torch.device | str = "cpu",
         dtype: torch.dtype | None = None,
         seed: int = 0,
+        *,
+        scheme: str | None = None,
     ) -> Decoder:
-        """A decoder of the given shape with seeded random weights, made in place on `device`."""
-        decoder = cls(config, device, resolve_dtype(device, dtype))
+        """A decoder of the given shape with seeded random weights, made in place on `device`.
+
+        `scheme` rounds the linear layers to the nearest code, one at a time.
+        """
+        paths = linear_paths(config) if scheme is not None else ()
+        decoder = cls(config, device, resolve_dtype(device, dtype), without=paths)
         generator = torch.Generator(device).manual_seed(seed)
+        if scheme is not None:
+            install_random(decoder, scheme, generator)
         for name, parameter in decoder.named_parameters():
             if name.endswith("norm.weight"):
                 parameter.fill_(1.0)
             else:
-                parameter.normal_(0.0, 0.02, generator=generator)
+                parameter.normal_(0.0, STANDARD_DEVIATION, generator=generator)
         return decoder
 
     @property
@@ -168,8 +177,7 @@ class Decoder(nn.Module):
             layer = self._layer(index)
             x, residual = layer.enter(delta, residual)
             x = layer.attention(x, cos, sin, context, index)
-            x, residual = layer.post_attention_norm.after_add(x, residual)
-            delta = layer.feed_forward(x)
+            delta, residual = layer.leave(x, residual)
         return Stream(delta, residual)
 
     def finish(self, stream: Stream) -> torch.Tensor:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from epd.models.activations import Activations, gated, linear, normed, token_count
 from epd_kernels import (
     HeadNorms,
     QuantKV,
@@ -16,7 +17,6 @@ from epd_kernels import (
     quantized_attention,
     rms_norm,
     rope_store_kv,
-    silu_mul,
     store_kv,
 )
 
@@ -50,6 +50,12 @@ class RMSNorm(nn.Module):
         """The norm of `x + residual`, and the sum."""
         return add_rms_norm(x, residual, self.weight, self.eps)
 
+    def before(
+        self, reader: nn.Module, x: torch.Tensor, residual: torch.Tensor | None
+    ) -> tuple[torch.Tensor | Activations, torch.Tensor]:
+        """The norm of `x + residual` as the linear layer `reader` takes it, and the sum."""
+        return normed(x, residual, self.weight, self.eps, reader=reader)
+
 
 class Attention(nn.Module):
     """Grouped-query attention with one fused qkv projection.
@@ -73,7 +79,7 @@ class Attention(nn.Module):
 
     def forward(
         self,
-        x: torch.Tensor,
+        x: torch.Tensor | Activations,
         cos: torch.Tensor,
         sin: torch.Tensor,
         context: ForwardContext,
@@ -105,17 +111,20 @@ class Attention(nn.Module):
                 tap.queries, tap.keys = q, k
             store_kv(k, v, k_cache, v_cache, batch.slot_mapping)
             out = paged_attention(q, k_cache, v_cache, **shape)
-        return self.o_proj(out.reshape(len(x), -1))  # type: ignore[no-any-return]
+        return self.o_proj(out.reshape(token_count(x), -1))  # type: ignore[no-any-return]
 
     def project(
-        self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+        self, x: torch.Tensor | Activations, cos: torch.Tensor, sin: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Queries, keys (both after RoPE) and values `[T, heads, head_dim]` of `x [T, hidden]`."""
         q, k, v = self._split(x)
         return *self._positioned(q, k, cos, sin), v
 
-    def _split(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        q, k, v = self.qkv_proj(x).view(len(x), -1, self.head_dim).split(self.heads, dim=1)
+    def _split(
+        self, x: torch.Tensor | Activations
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        heads = linear(self.qkv_proj, x).view(token_count(x), -1, self.head_dim)
+        q, k, v = heads.split(self.heads, dim=1)  # type: ignore[no-untyped-call]
         return q, k, v
 
     def _positioned(
@@ -141,9 +150,10 @@ class FeedForward(nn.Module):
         self.gate_up_proj = _linear(hidden, 2 * inner, config.mlp_bias, dtype)
         self.down_proj = _linear(inner, hidden, config.mlp_bias, dtype)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor | Activations) -> torch.Tensor:
         """`[T, hidden]` from `[T, hidden]`."""
-        return self.down_proj(silu_mul(self.gate_up_proj(x)))  # type: ignore[no-any-return]
+        gate_up = linear(self.gate_up_proj, x)
+        return linear(self.down_proj, gated(gate_up, reader=self.down_proj))
 
 
 class DecoderLayer(nn.Module):
@@ -159,8 +169,16 @@ class DecoderLayer(nn.Module):
 
     def enter(
         self, delta: torch.Tensor | None, residual: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> tuple[torch.Tensor | Activations, torch.Tensor]:
         """What attention reads, and the residual stream with the previous layer's `delta` in it."""
+        reader = self.attention.qkv_proj
         if delta is None:
-            return self.input_norm(residual), residual
-        return self.input_norm.after_add(delta, residual)
+            return self.input_norm.before(reader, residual, None)
+        return self.input_norm.before(reader, delta, residual)
+
+    def leave(self, x: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the feed-forward adds, and the residual stream with attention's `x` in it."""
+        entered, residual = self.post_attention_norm.before(
+            self.feed_forward.gate_up_proj, x, residual
+        )
+        return self.feed_forward(entered), residual

@@ -73,9 +73,23 @@ class Fp8Linear(nn.Module):
         Raises `FormatError` on a GPU where the vendor's product does not take the shape.
         """
         codes, scales = quantize_fp8(x.reshape(-1, self.in_features))
+        out = self.multiply(codes, scales, dtype=x.dtype)
+        return out.view(*x.shape[:-1], self.out_features)
+
+    @property
+    def activation_dtype(self) -> torch.dtype:
+        """The dtype of the codes that `multiply` takes."""
+        return torch.float8_e4m3fn
+
+    def multiply(
+        self, codes: torch.Tensor, scales: torch.Tensor, *, dtype: torch.dtype
+    ) -> torch.Tensor:
+        """`[T, out_features]` in `dtype` of e4m3 `codes [T, in_features]` with `scales [T]`.
+
+        Raises `FormatError` as `forward` does.
+        """
         out = self._product(codes, scales)
-        out = out if self.bias is None else out + self.bias.to(out.dtype)
-        return out.to(x.dtype).view(*x.shape[:-1], self.out_features)
+        return (out if self.bias is None else out + self.bias.to(out.dtype)).to(dtype)
 
     def _product(self, codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
         if not codes.is_cuda:
