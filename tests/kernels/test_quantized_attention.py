@@ -297,7 +297,7 @@ def test_inline_assembly_equals_the_portable_twin(gpu):
         batch = CodedBatch(KVFormat.INT4, torch.bfloat16, gpu.device, seqs,
                            heads=32, kv_heads=8, dim=128)  # fmt: skip
         a, b = (
-            run(*batch.args, **batch.options, config=CodedConfig(64, 64, 4, 2, 2, use_ptx))
+            run(*batch.args, **batch.options, config=CodedConfig(64, 64, 4, 2, use_ptx=use_ptx))
             for use_ptx in (True, False)
         )
         assert torch.equal(a, b)

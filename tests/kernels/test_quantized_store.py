@@ -90,6 +90,13 @@ def expected(inputs: Inputs, target: KVFormat) -> tuple[torch.Tensor, list[torch
     return q, [dequantize_kv(quantize_kv(x.float(), target)) for x in (k, v)]
 
 
+def code_steps(size: torch.Tensor, scales: torch.Tensor, target: KVFormat) -> torch.Tensor:
+    """How far apart codes lie around values of this size: e4m3 has eight per power of two."""
+    if target is KVFormat.INT4:
+        return scales.expand_as(size)
+    return scales * 2 ** ((size / scales).clamp(min=2**-6).log2().floor() - 3)
+
+
 CASES = [
     Case(1),
     Case(9, heads=8, kv_heads=2, dim=16, block=8),
@@ -103,9 +110,10 @@ FORMATS = pytest.mark.parametrize("target", list(KVFormat), ids=lambda f: f.valu
 @FORMATS
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_equals_the_single_steps(case, target, backend, assert_close):
-    """Written slots mean what the steps give, up to a code's step; other slots stay as they were.
+    """Written slots mean what the steps give; other slots stay as they were.
 
-    A fused multiply-add may tip a value that lies between two codes, hence the few exceptions.
+    On a GPU a fused multiply-add, or a scale that torch divides by multiplying with a reciprocal,
+    may tip a value halfway between two codes: at most one code, and at most in 0.5 % of them.
     """
     for dtype in backend.dtypes[1:]:
         inputs = Inputs(case, target, dtype, backend.device)
@@ -117,11 +125,13 @@ def test_equals_the_single_steps(case, target, backend, assert_close):
         for cache, old, rows in zip(inputs.caches, before, wanted, strict=True):
             slots = inputs.slots
             written = slots[slots >= 0]
-            found = dequantize_kv(cache).flatten(0, 1)[written]
-            differs = (found - rows[slots >= 0]).abs() > 1e-4 * rows.abs().amax()
-            assert float(differs.float().mean()) <= (2e-3 if backend.name == "gpu" else 0)
-            error = (found - rows[slots >= 0]).norm() / rows.norm().clamp(min=1e-9)
-            assert float(error) < 2e-2
+            found, named = dequantize_kv(cache).flatten(0, 1)[written], rows[slots >= 0]
+            distance, noise = (found - named).abs(), 1e-4 * rows.abs().amax()
+            share = float((distance > noise).float().mean())
+            assert share <= (5e-3 if backend.name == "gpu" else 0)
+            scales = cache.scales.flatten(0, 1)[written, :, None]
+            assert bool((distance <= code_steps(torch.maximum(found.abs(), named.abs()), scales,
+                                                target) + noise).all())  # fmt: skip
             kept = torch.ones(cache.scales.shape[:2].numel(), dtype=torch.bool)
             kept[written.cpu()] = False
             for part, was in zip(cache, old, strict=True):
