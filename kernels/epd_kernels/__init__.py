@@ -9,6 +9,7 @@ from .activations import (
     quantize_int8,
     quantize_int8_ref,
 )
+from .embed_tokens import embed_tokens, embed_tokens_ref
 from .errors import FormatError
 from .fp8_linear import Fp8Linear, Fp8Weight, quantize_weight_fp8
 from .fused_quant import (
@@ -51,6 +52,8 @@ __all__ = [
     "dequantize_fp8",
     "dequantize_fp8_ref",
     "dequantize_kv",
+    "embed_tokens",
+    "embed_tokens_ref",
     "group_sums",
     "pack",
     "paged_attention",
