@@ -28,7 +28,7 @@ from .widened_kv import attend_widened, widening_pays
 __all__ = ["CodedConfig", "coded_config", "quantized_attention", "quantized_attention_ref"]
 
 _LOG2_E = 1.4426950408889634
-_MIN_SPLIT = 512
+_MIN_SPLIT = 128  # positions per warp; a shorter split costs more in merging than it gains
 _SPLITS = sorted({1 << n for n in range(11)} | {3 << n for n in range(9)})
 
 
@@ -234,7 +234,7 @@ def quantized_attention_triton(
         tiles = -(-max_seqlen_q // (config.block_m // group))
         _prefill_codes_kernel[(tiles, kv_heads, num_seqs)](q, *caches, out, *lengths, **options)
         return out
-    splits = coded_splits(q.device, num_seqs * kv_heads, max_seqlen_k, config.occupancy)
+    splits = coded_splits(q.device, num_seqs * kv_heads, max_seqlen_k, config)
     rows = tokens * heads * splits if splits > 1 else 0
     partial = torch.empty(rows, dim, dtype=torch.float32, device=q.device)
     stats = torch.empty(rows, 2, dtype=torch.float32, device=q.device)
@@ -249,14 +249,16 @@ def quantized_attention_triton(
     return out
 
 
-def coded_splits(device: torch.device, programs: int, max_seqlen_k: int, occupancy: int) -> int:
+def coded_splits(
+    device: torch.device, programs: int, max_seqlen_k: int, config: CodedConfig
+) -> int:
     """Splits per sequence: the fewest under which the device is busy for the least time.
 
     With `occupancy` programs per multiprocessor that is ceil(programs * splits / resident) rounds
-    of 1 / splits of the work each; at most two rounds, and at least 512 positions per split. Powers
+    of 1 / splits of the work each; at most two rounds, and at least 128 positions per warp. Powers
     of two and three times those keep the number of compiled kernels small.
     """
-    resident = occupancy * device_facts(device).num_sms
-    most = min(2 * resident // max(programs, 1), max_seqlen_k // _MIN_SPLIT)
+    resident = config.occupancy * device_facts(device).num_sms
+    most = min(2 * resident // max(programs, 1), max_seqlen_k // (_MIN_SPLIT * config.num_warps))
     choices = [n for n in _SPLITS if n <= most] or [1]
     return min(choices, key=lambda n: (-(-programs * n // resident) / n, n))

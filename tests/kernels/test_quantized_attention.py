@@ -138,7 +138,7 @@ def test_split_decode_equals_dense(length, target, backend):
     """Several splits, some of them empty for the short sequences."""
     seqs = ((1, length), (1, 1), (1, 0))
     batch = CodedBatch(target, torch.float32, backend.device, seqs, heads=2, kv_heads=1, dim=16)
-    assert coded_splits(torch.device("cpu"), 3, length, 2) == 2
+    assert coded_splits(torch.device("cpu"), 3, length, CodedConfig(16, 32, 4, 1)) == 2
     run = backend.op("quantized_attention", "quantized_attention")
     close(run(*batch.args, **batch.options), dense(batch))
 
@@ -253,7 +253,7 @@ def test_splits_fill_whole_rounds():
     """Twelve programs are resident on a device of four multiprocessors."""
 
     def splits(programs: int, length: int) -> int:
-        return coded_splits(torch.device("cpu"), programs, length, 3)
+        return coded_splits(torch.device("cpu"), programs, length, CodedConfig(16, 128, 4, 3, 3))
 
     assert [splits(2, n) for n in (511, 1024, 2048, 32768)] == [1, 2, 4, 6]
     assert [splits(n, 32768) for n in (1, 3, 5, 8, 12, 13, 100)] == [12, 4, 2, 3, 1, 1, 1]
