@@ -72,6 +72,7 @@ class ModelCard:
         """
         path = resolve_directory(path_or_id)
         config = _config(path)
+        quantization = _quantization(config)
         entries = weight_entries(path) if weights else {}
         tokenizer_config = read_json(path, "tokenizer_config.json")
         _refuse_code(path, tokenizer_config, "tokenizer_config.json")
@@ -93,9 +94,9 @@ class ModelCard:
             eos_token_ids=_token_ids(path, config, "eos_token_id"),
             bos_token_id=next(iter(_token_ids(path, config, "bos_token_id")), None),
             dtype=_stored_dtype(config, entries),
-            quantization=_quantization(config),
+            quantization=quantization,
             revision=model_revision(path, entries),
-            encoder_revision=encoder_revision(path, config, entries),
+            encoder_revision=encoder_revision(path, config, entries, quantization),
             has_vision=True,
             chat_template=_chat_template(path, tokenizer_config),
             special_tokens=_special_tokens(path, tokenizer_config),

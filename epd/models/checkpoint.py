@@ -32,6 +32,9 @@ _RENAMES = (
 )
 
 
+_PLAIN = ("F64", "F32", "BF16", "F16")
+
+
 def canonical_name(name: str) -> str:
     """The canonical form of a tensor name in any of the known layouts."""
     for pattern, replacement in _RENAMES:
@@ -73,6 +76,10 @@ class Checkpoint:
         """Canonical names that begin with `prefix`, sorted."""
         return sorted(name for name in self._names if name.startswith(prefix))
 
+    def stored_dtype(self, name: str) -> str | None:
+        """How the header spells a tensor's dtype, such as `F8_E4M3`; None if it is absent."""
+        return self._entries[self._names[name]].dtype if name in self._names else None
+
     def tensor(self, name: str, shape: tuple[int, ...] | torch.Size | None = None) -> torch.Tensor:
         """The tensor of a canonical name, on the host in its stored dtype.
 
@@ -103,7 +110,17 @@ class Checkpoint:
         return tensor
 
     def fill(self, target: torch.Tensor, name: str) -> None:
-        """Copy a tensor into `target`, which has its shape, converting dtype and device."""
+        """Copy a tensor of plain floats into `target`, which has its shape, converting the dtype.
+
+        Raises `CheckpointError` as `tensor` does, and for codes, which mean nothing by themselves.
+        """
+        found = self.stored_dtype(name)
+        if found not in (None, *_PLAIN):
+            raise problem(
+                f"Cannot load the model in {self._path}.",
+                f"Tensor {self._names[name]}: expected plain floats, found {found} codes.",
+                "Its quantised layout is not served; use a checkpoint with this tensor in floats.",
+            )
         target.copy_(self.tensor(name, target.shape))
 
     def _open(self, file: Path) -> Any:

@@ -6,7 +6,7 @@ KV cache that the caller owns. It computes what transformers computes, operation
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -17,11 +17,11 @@ from epd.kv.formats import KV_PLAIN
 from epd.models.checkpoint import Checkpoint, resolve_dtype
 from epd.models.files import problem
 from epd.models.layers import DecoderLayer, RMSNorm
-from epd.models.quantized_layers import install_layers, quantized_paths
+from epd.models.quantized_layers import HEAD, install_layers, quantized_paths, resident_bytes
 from epd.models.random_layers import STANDARD_DEVIATION, install_random, linear_paths
 from epd.models.rope import inverse_frequencies, rope_angles
 from epd.models.text_config import DecoderConfig
-from epd_kernels import Fp8Linear, QuantLinear
+from epd_kernels import Fp8Linear
 
 if TYPE_CHECKING:
     from epd.models.card import ModelCard
@@ -61,7 +61,7 @@ class Decoder(nn.Module):
 
     def __init__(
         self, config: DecoderConfig, device: torch.device | str, dtype: torch.dtype, *,
-        without: Iterable[str] = (),
+        without: Collection[str] = (),
     ) -> None:  # fmt: skip
         """`without` names linear layers that get no storage: the caller puts its own there."""
         super().__init__()
@@ -73,11 +73,12 @@ class Decoder(nn.Module):
             DecoderLayer(config, dtype=dtype) for _ in range(config.num_layers)
         )
         self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps, dtype=dtype)
-        self.head: nn.Parameter | None = None
-        if not config.tie_word_embeddings:
+        self.head: nn.Parameter | Fp8Linear | None = None
+        if not config.tie_word_embeddings and HEAD not in without:
             self.head = nn.Parameter(torch.empty(shape, dtype=dtype, device="meta"))
         for path in without:
-            self.set_submodule(path, nn.Identity())
+            if path != HEAD:
+                self.set_submodule(path, nn.Identity())
         self.to_empty(device=device)
         self.requires_grad_(False)
         frequency = inverse_frequencies(config.rope, config.head_dim)
@@ -140,9 +141,7 @@ class Decoder(nn.Module):
 
     def resident_bytes(self) -> int:
         """Bytes that the weights hold."""
-        plain = sum(p.numel() * p.element_size() for p in self.parameters())
-        packed = (m for m in self.modules() if isinstance(m, (QuantLinear, Fp8Linear)))
-        return plain + sum(module.resident_bytes() for module in packed)
+        return resident_bytes(self)
 
     def embed(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Hidden states `[T, hidden]` of `input_ids [T]`, each below `vocab_size`."""
@@ -202,6 +201,9 @@ class Decoder(nn.Module):
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """fp32 scores `[S, vocab]` of normed hidden states `[S, hidden]`."""
+        if isinstance(self.head, Fp8Linear):
+            scores: torch.Tensor = self.head(hidden)[:, : self.config.vocab_size]
+            return scores.float()
         head = self.embedding if self.head is None else self.head
         return functional.linear(hidden, head).float()
 
@@ -248,7 +250,8 @@ class Decoder(nn.Module):
         """Embedding and head. Tied ones are stored once, or twice if training drove them apart."""
         if self.head is not None:
             checkpoint.fill(self.embedding, _EMBED)
-            checkpoint.fill(self.head, _HEAD)
+            if isinstance(self.head, nn.Parameter):
+                checkpoint.fill(self.head, _HEAD)
             return
         checkpoint.fill(self.embedding, _EMBED if _EMBED in checkpoint else _HEAD)
         if _EMBED in checkpoint and _HEAD in checkpoint:

@@ -13,9 +13,14 @@ from typing import Any
 from epd.errors import CheckpointError
 from epd.models.files import problem
 
-__all__ = ["FORMAT_VERSION", "KV_FORMATS", "SCHEMES", "Quantization"]
+__all__ = ["FORMAT_VERSIONS", "KV_FORMATS", "MARKS", "SCHEMES", "Quantization"]
 
-FORMAT_VERSION = 1
+FORMAT_VERSIONS = (1, 2)
+"""Of our own layout: 1 has quantised language layers alone, 2 a head or a vision side as well."""
+
+MARKS = ("weight_codes", "weight_packed", "weight_scale", "qweight", "B")
+"""Tensors that a quantised linear layer has, whatever its layout, and a plain one has not."""
+
 KV_FORMATS = ("bf16", "fp8", "int4")
 SCHEMES = ("w4a16", "w4a8-fp8", "w4a8-int8", "fp8")
 
@@ -47,8 +52,9 @@ class Quantization:
 
 
 def _own(raw: Mapping[str, Any]) -> Quantization:
-    if raw.get("format_version") != FORMAT_VERSION:
-        raise _unsupported("format_version", raw.get("format_version"), str(FORMAT_VERSION))
+    if raw.get("format_version") not in FORMAT_VERSIONS:
+        supported = ", ".join(map(str, FORMAT_VERSIONS))
+        raise _unsupported("format_version", raw.get("format_version"), supported)
     if raw.get("scheme") not in SCHEMES:
         raise _unsupported("scheme", raw.get("scheme"), ", ".join(SCHEMES))
     if raw.get("kv", "bf16") not in KV_FORMATS:
@@ -62,10 +68,21 @@ def _compressed_tensors(raw: Mapping[str, Any]) -> Quantization:
     groups = raw.get("config_groups")
     if not isinstance(groups, Mapping) or not groups:
         raise _unsupported("config_groups", groups, "at least one group")
-    schemes = {_group_scheme(group) for group in groups.values()}
+    heads = {name: group for name, group in groups.items() if _targets_head(group)}
+    if any(_group_scheme(group) != "fp8" for group in heads.values()):
+        raise _unsupported("a config group", "a head that is not in FP8", "FP8 or plain heads")
+    others = [group for name, group in groups.items() if name not in heads]
+    schemes = {_group_scheme(group) for group in others or heads.values()}
     if len(schemes) > 1:
         raise _unsupported("config_groups", sorted(schemes), "one scheme for all layers")
     return Quantization(method="compressed-tensors", scheme=schemes.pop())
+
+
+def _targets_head(group: object) -> bool:
+    """Whether a group is about the LM head alone."""
+    targets = group.get("targets") if isinstance(group, Mapping) else None
+    named = isinstance(targets, list) and bool(targets)
+    return named and all("lm_head" in str(target) for target in targets or ())
 
 
 def _group_scheme(group: object) -> str:

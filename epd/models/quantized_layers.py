@@ -8,21 +8,31 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
+from torch.nn import functional
 
 from epd.models.files import problem
 from epd.models.layouts import StoredLayer, StoredWeight, is_quantized, read_linear
 from epd.models.layouts.source import LayerSource
+from epd.models.quantization import MARKS
 from epd_kernels import FormatError, Fp8Linear, Fp8Weight, QuantLinear, QuantWeight, Scheme
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
+
+    from torch import nn
 
     from epd.models.checkpoint import Checkpoint
     from epd.models.decoder import Decoder
     from epd.models.quantization import Quantization
     from epd.models.text_config import DecoderConfig
 
-__all__ = ["FUSED", "build_linear", "install_layers", "layer_sources", "quantized_paths"]
+__all__ = ["FUSED", "HEAD", "build_head", "build_linear", "check_device", "head_source",
+           "install_layers", "layer_sources", "quantized_paths", "resident_bytes"]  # fmt: skip
+
+HEAD = "head"
+"""Where the decoder holds its LM head, which is in FP8 or plain."""
+
+_FP8 = ("fp8", "w4a8-fp8")
 
 FUSED = {
     "attention.qkv_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
@@ -55,11 +65,33 @@ def layer_sources(
             ]  # fmt: skip
 
 
+def head_source(
+    checkpoint: Checkpoint, config: DecoderConfig, quantization: Quantization
+) -> LayerSource | None:
+    """The head where it is stored in FP8, None where it is plain; refuses other codes by name."""
+    source = LayerSource(
+        checkpoint=checkpoint, prefix="lm_head", rows=config.vocab_size, width=config.hidden_size,
+        quantization=quantization,
+    )  # fmt: skip
+    stored = source.dtype("weight")
+    if stored == "F8_E4M3" and source.has("weight_scale"):
+        return source
+    if is_quantized(source):
+        mark = next(mark for mark in MARKS if source.has(mark))
+        found = f"codes in {stored or source.dtype(mark)}"
+        source.refuse(mark, "a plain head, or e4m3 with one scale per row", found)
+    return None
+
+
 def quantized_paths(
     checkpoint: Checkpoint, config: DecoderConfig, quantization: Quantization
 ) -> dict[str, list[LayerSource]]:
-    """The layers that are stored quantised. Raises `CheckpointError` where a fused one is mixed."""
-    found = {}
+    """The head and layers that are stored quantised.
+
+    Raises `CheckpointError` where a fused layer is mixed, or the head in codes that it cannot have.
+    """
+    head = head_source(checkpoint, config, quantization)
+    found = {} if head is None else {HEAD: [head]}
     for path, sources in layer_sources(checkpoint, config, quantization):
         quantized = [is_quantized(source) for source in sources]
         if all(quantized):
@@ -73,11 +105,21 @@ def quantized_paths(
 
 def install_layers(decoder: Decoder, paths: dict[str, list[LayerSource]]) -> None:
     """Put the layers of `paths` into `decoder`, on its device, one at a time."""
-    _check_device(decoder.device)
+    check_device(decoder.device, [source for sources in paths.values() for source in sources])
     for path, sources in paths.items():
-        parent, name = path.rsplit(".", 1)
-        linear = build_linear(sources, decoder.dtype).to(decoder.device)
-        setattr(decoder.get_submodule(parent), name, linear)
+        parent, _, name = path.rpartition(".")
+        linear = build_head(*sources) if path == HEAD else build_linear(sources, decoder.dtype)
+        setattr(decoder.get_submodule(parent), name, linear.to(decoder.device))
+
+
+def build_head(source: LayerSource) -> Fp8Linear:
+    """The head, on the host, its rows padded to the 16 that the vendor's FP8 product asks for."""
+    weight = read_linear(source).weight
+    assert isinstance(weight, Fp8Weight), "head_source takes e4m3 alone"
+    missing = -source.rows % 16
+    codes = functional.pad(weight.codes.view(torch.uint8), (0, 0, 0, missing))
+    scales = functional.pad(weight.scales, (0, missing), value=1.0)
+    return Fp8Linear(Fp8Weight(codes.view(torch.float8_e4m3fn), scales))
 
 
 def build_linear(sources: list[LayerSource], dtype: torch.dtype) -> QuantLinear | Fp8Linear:
@@ -95,6 +137,13 @@ def build_linear(sources: list[LayerSource], dtype: torch.dtype) -> QuantLinear 
         return QuantLinear(weight, Scheme(scheme), bias=bias)
     except (FormatError, ValueError) as error:
         first.refuse("*", f"weights for scheme {scheme}", str(error))
+
+
+def resident_bytes(model: nn.Module) -> int:
+    """Bytes that the weights of `model` hold, plain and packed."""
+    plain = sum(p.numel() * p.element_size() for p in model.parameters())
+    packed = (m for m in model.modules() if isinstance(m, (QuantLinear, Fp8Linear)))
+    return plain + sum(module.resident_bytes() for module in packed)
 
 
 def _joined(first: LayerSource, weights: list[StoredWeight]) -> StoredWeight:
@@ -126,11 +175,18 @@ def _joined_bias(parts: list[StoredLayer], sources: list[LayerSource]) -> torch.
     ])  # fmt: skip
 
 
-def _check_device(device: torch.device) -> None:
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
-        major, minor = torch.cuda.get_device_capability(device)
-        raise problem(
-            "Cannot serve quantised weights on this GPU.",
-            f"Its compute capability is {major}.{minor}; the kernels need 8.0 or later.",
-            "Use a newer GPU, or the checkpoint with plain weights.",
-        )
+def check_device(device: torch.device, sources: Iterable[LayerSource]) -> None:
+    """Raise `CheckpointError` on a GPU that cannot compute with one of `sources`."""
+    if device.type != "cuda":
+        return
+    found = torch.cuda.get_device_capability(device)
+    for source in sources:
+        eight = source.quantization.scheme in _FP8 or source.dtype("weight") == "F8_E4M3"
+        least = (8, 9) if eight else (8, 0)
+        if found < least:
+            raise problem(
+                "Cannot serve quantised weights on this GPU.",
+                f"Its compute capability is {found[0]}.{found[1]}; {source.prefix} "
+                f"needs {least[0]}.{least[1]} or later for {'FP8' if eight else 'its codes'}.",
+                "Use a newer GPU, or the checkpoint with plain weights.",
+            )

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from epd.models.files import TensorEntry, read_header
+from epd.models.quantization import MARKS, Quantization
 
 __all__ = ["encoder_revision", "model_revision"]
 
@@ -26,6 +27,7 @@ _VISION_KEYS = (
     "model_type", "vision_config", "vision_feature_layer", "vision_feature_select_strategy",
     "projector_hidden_act", "multimodal_projector_bias",
 )  # fmt: skip
+_MARKS = tuple(f".{mark}" for mark in MARKS)
 _SAMPLE = 4096
 _CHUNK = 1 << 22
 
@@ -44,18 +46,22 @@ def model_revision(directory: Path, entries: Mapping[str, TensorEntry]) -> str:
 
 
 def encoder_revision(
-    directory: Path, config: Mapping[str, Any], entries: Mapping[str, TensorEntry]
-) -> str:
+    directory: Path, config: Mapping[str, Any], entries: Mapping[str, TensorEntry],
+    quantization: Quantization | None = None,
+) -> str:  # fmt: skip
     """Hex sha256 over everything an image's vision tokens depend on: all vision weights too.
 
-    It names entries of the shared token cache, so here every byte counts.
+    It names entries of the shared token cache, so here every byte counts, and how the kernels round
+    what enters a quantised vision layer.
     """
     digest = hashlib.sha256()
     facts = {key: config.get(key) for key in _VISION_KEYS}
     facts["hidden_size"] = (config.get("text_config") or {}).get("hidden_size")
+    vision = {k: v for k, v in entries.items() if "vision_tower." in k or "projector." in k}
+    if quantization is not None and any(name.endswith(_MARKS) for name in vision):
+        facts["quantization"] = (quantization.scheme, quantization.zero_offset)
     digest.update(json.dumps(facts, sort_keys=True).encode())
     _add_files(digest, directory, (*_PROCESSOR_FILES, *_ALIGNMENT_FILES))
-    vision = {k: v for k, v in entries.items() if "vision_tower." in k or "projector." in k}
     _add_tensors(digest, vision, sample=None)
     return digest.hexdigest()
 

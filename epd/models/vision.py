@@ -19,6 +19,8 @@ from epd.models.alignment import read_alignment
 from epd.models.checkpoint import Checkpoint, canonical_name, resolve_dtype
 from epd.models.files import problem
 from epd.models.pixels import ImageProcessor
+from epd.models.quantized_layers import resident_bytes
+from epd.models.quantized_vision import drop_linears, install_linears, vision_sources
 from epd.models.vision_probe import AttentionProbe
 from epd_pruning.base import VisionInputs
 
@@ -33,14 +35,22 @@ _TOWERS = ("clip_vision_model", "siglip_vision_model")
 class VisionEncoder:
     """Images in, vision tokens out. Build it with `load` or `random`."""
 
-    def __init__(self, card: ModelCard, device: torch.device | str, dtype: torch.dtype) -> None:
+    def __init__(
+        self, card: ModelCard, device: torch.device | str, dtype: torch.dtype, *,
+        checkpoint: Checkpoint | None = None,
+    ) -> None:  # fmt: skip
+        """With a `checkpoint`, linear layers that it stores quantised are there already."""
         self._config = _llava_config(card)
         self._layers = _feature_layers(self._config)
         self.tower, self.projector = _modules(self._config, max(self._layers), dtype)
+        self.parts = {"vision_tower": self.tower, "multi_modal_projector": self.projector}
+        sources = vision_sources(self.parts, checkpoint, card.quantization) if checkpoint else {}
+        drop_linears(self.parts, sources)
         for module in (self.tower, self.projector):
             module.to_empty(device=device)
             module.requires_grad_(False).eval()
         restore_position_ids(self.tower)
+        install_linears(self.parts, sources, torch.device(device), dtype)
         self._processor = ImageProcessor(card, self._config.vision_config.image_size)
         self.device, self.dtype = torch.device(device), dtype
         self._alignment = read_alignment(card, self._config.vision_config.hidden_size)
@@ -52,8 +62,8 @@ class VisionEncoder:
         cls, card: ModelCard, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
     ) -> VisionEncoder:
         """The vision encoder of a checkpoint; no decoder weight is read."""
-        encoder = cls(card, device, resolve_dtype(device, dtype))
         with Checkpoint(card) as checkpoint:
+            encoder = cls(card, device, resolve_dtype(device, dtype), checkpoint=checkpoint)
             for target, name in encoder._parameters():
                 checkpoint.fill(target, name)
         return encoder
@@ -88,7 +98,7 @@ class VisionEncoder:
 
     def resident_bytes(self) -> int:
         """Bytes that the weights hold."""
-        return sum(p.numel() * p.element_size() for p, _ in self._parameters())
+        return sum(map(resident_bytes, self.parts.values()))
 
     def pixels(self, images: Sequence[np.ndarray[Any, np.dtype[np.uint8]]]) -> torch.Tensor:
         """`[N, 3, S, S]` fp32 on the host, as the checkpoint's processor makes them.
@@ -121,6 +131,23 @@ class VisionEncoder:
         for start in range(0, len(images), batch_size):
             pixels = self.pixels(images[start : start + batch_size])
             out.extend(self._inputs(pixels.to(self.device, self.dtype), needs))
+        return out
+
+    @property
+    def layers(self) -> list[nn.Module]:
+        """The layers of the tower that are run."""
+        return list(self._inner.encoder.layers)
+
+    @torch.no_grad()
+    def entering(
+        self, images: Sequence[np.ndarray[Any, np.dtype[np.uint8]]], *, batch_size: int = 32
+    ) -> list[torch.Tensor]:
+        """What enters the first layer, `[batch, positions, width]` of `batch_size` images each."""
+        out = []
+        for start in range(0, len(images), batch_size):
+            pixels = self.pixels(images[start : start + batch_size]).to(self.device, self.dtype)
+            states = self.tower(pixel_values=pixels, output_hidden_states=True).hidden_states
+            out.append(states[0])
         return out
 
     def encode_pixels(self, pixels: torch.Tensor) -> torch.Tensor:
@@ -179,10 +206,9 @@ class VisionEncoder:
 
     def _parameters(self) -> list[tuple[torch.Tensor, str]]:
         """Every parameter with its canonical checkpoint name."""
-        parts = (("vision_tower", self.tower), ("multi_modal_projector", self.projector))
         return [
             (parameter, canonical_name(f"{prefix}.{name}"))
-            for prefix, module in parts
+            for prefix, module in self.parts.items()
             for name, parameter in module.named_parameters()
         ]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,8 +19,9 @@ from epd.quantize.block import Sequences
 
 if TYPE_CHECKING:
     from epd.models.card import ModelCard
+    from epd.models.vision import VisionEncoder
 
-__all__ = ["Calibration", "Sample", "embed", "from_directory", "from_scenes"]
+__all__ = ["Calibration", "Sample", "digest", "embed", "from_directory", "from_scenes"]
 
 SCENE_SEED = 7
 """Which held-out set calibration draws from; accuracy is measured on others."""
@@ -88,13 +90,29 @@ def _text(file: Path) -> str:
     return file.read_bytes()[:_MAX_TEXT].decode("utf-8", errors="replace").strip()
 
 
-def embed(card: ModelCard, samples: list[Sample]) -> Calibration:
-    """`samples` as hidden states. Raises `CheckpointError` naming the sample that is not finite."""
+def digest(samples: list[Sample]) -> str:
+    """Hex sha256 of questions, answers and pixels."""
+    found = hashlib.sha256()
+    for sample in samples:
+        shapes = [image.shape for image in sample.images]
+        found.update(repr((sample.question, sample.answer, shapes)).encode())
+        for image in sample.images:
+            found.update(image.tobytes())
+    return found.hexdigest()
+
+
+def embed(
+    card: ModelCard, samples: list[Sample], vision: VisionEncoder | None = None
+) -> Calibration:
+    """`samples` as hidden states, their pictures seen by `vision` or else the card's own encoder.
+
+    Raises `CheckpointError` naming the sample that is not finite.
+    """
     from epd.models.registry import load_vision
 
     formatter = ChatFormatter(card)
-    pictured = any(sample.images for sample in samples)
-    vision = load_vision(card, dtype=torch.float32) if pictured else None
+    if vision is None and any(sample.images for sample in samples):
+        vision = load_vision(card, dtype=torch.float32)
     with Checkpoint(card) as checkpoint:
         name = _EMBED if _EMBED in checkpoint else "lm_head.weight"
         table = checkpoint.tensor(name).float()

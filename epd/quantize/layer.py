@@ -12,25 +12,10 @@ from epd.kv.formats import KV_PLAIN
 from epd.models.layouts.own import tensors_of
 from epd.quantize.block import POINTS, Block, Sequences
 from epd.quantize.keys import scale_keys
-from epd.quantize.rounding import (
-    compensated,
-    fit_grid,
-    output_error,
-    per_tensor_scale,
-    round_scales,
-)
+from epd.quantize.matrix import Rounded, as_linear, round_compensated, round_nearest
+from epd.quantize.rounding import output_error
 from epd.quantize.smoothing import candidates, search
-from epd_kernels import (
-    Fp8Linear,
-    Fp8Weight,
-    KVFormat,
-    QuantLinear,
-    QuantWeight,
-    Scheme,
-    quantize_fp8,
-    quantize_int8,
-    quantize_weight_fp8,
-)
+from epd_kernels import Fp8Weight, KVFormat, QuantWeight, quantize_fp8, quantize_int8
 
 if TYPE_CHECKING:
     from epd.quantize.options import QuantizeOptions
@@ -38,7 +23,6 @@ if TYPE_CHECKING:
 __all__ = ["LayerResult", "quantize_layer"]
 
 _FAMILY = {"w4a16": "awq", "qqq": "qqq", "fireq": "fireq"}
-Rounded = QuantWeight | Fp8Weight
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -60,7 +44,7 @@ def quantize_layer(
     """
     wanted = block.forward(hidden, sequences)
     report: dict[str, Any] = {}
-    nearest = {point: _round_nearest(block.weight(point), options) for point in POINTS}
+    nearest = {point: round_nearest(block.weight(point), options) for point in POINTS}
     block = block.copy()
     block.kv = None if options.kv == KV_PLAIN else KVFormat(options.kv)
     plain = rounding = _Rounding(block, nearest, options)
@@ -112,7 +96,7 @@ def _smooth(
             weight: torch.Tensor = weight, bias: torch.Tensor | None = bias,
             wanted: torch.Tensor = wanted,
         ) -> float:  # fmt: skip
-            rounded = _round_nearest(weight * factors, options).dequantize()
+            rounded = round_nearest(weight * factors, options).dequantize()
             y = functional.linear(_rounded_inputs(x / factors, options), rounded, bias)
             return _relative(block.activate(point, y, few) - wanted, wanted)
 
@@ -133,13 +117,6 @@ def _rounded_inputs(x: torch.Tensor, options: QuantizeOptions) -> torch.Tensor:
     return codes.float() * scales[:, None]
 
 
-def _round_nearest(weight: torch.Tensor, options: QuantizeOptions) -> Rounded:
-    if options.scheme == "fp8":
-        return quantize_weight_fp8(weight)
-    size = options.group_size or weight.shape[1]
-    return fit_grid(weight, size, symmetric=options.scheme != "w4a16").encode(weight)
-
-
 class _Rounding:
     """Linear layers of a block in the kernels that will serve them, rounded when first met.
 
@@ -158,23 +135,14 @@ class _Rounding:
         self.grams[point] = x.t() @ x
         if point not in self.weights:
             self.weights[point] = self._round(point, self.grams[point], len(x))
-        weight, bias = self.weights[point], self.block.bias(point)
-        if isinstance(weight, Fp8Weight):
-            return Fp8Linear(weight, bias=bias).forward(x)
-        scheme = Scheme(self._options.stored_scheme)
-        return QuantLinear(weight, scheme, bias=bias).forward(x)
+        served = as_linear(self.weights[point], self.block.bias(point), self._options)
+        return served.forward(x)
 
     def _round(self, point: str, gram: torch.Tensor, tokens: int) -> Rounded:
-        weight, options = self.block.weight(point), self._options
-        if options.scheme == "fp8":
-            return quantize_weight_fp8(weight)
-        size, symmetric = options.group_size or weight.shape[1], options.scheme != "w4a16"
-        importance = gram.diagonal() / tokens
-        grid = fit_grid(weight, size, symmetric=symmetric, importance=importance)
-        if options.scheme == "fireq":
-            t = self.tensor_scales[point] = per_tensor_scale(grid.scales)
-            grid = type(grid)(round_scales(grid.scales, t))
-        return compensated(weight, gram, grid)
+        rounded, t = round_compensated(self.block.weight(point), gram, tokens, self._options)
+        if self._options.scheme == "fireq":
+            self.tensor_scales[point] = t
+        return rounded
 
 
 def _layer_errors(plain: _Rounding, rounding: _Rounding) -> dict[str, Any]:

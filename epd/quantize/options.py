@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from epd.errors import ConfigError
 from epd.kv.formats import KV_CODED, KV_PLAIN
 from epd.models.text_config import DecoderConfig
 
-__all__ = ["SCHEMES", "QuantizeOptions"]
+__all__ = ["GROUP_SIZES", "HEADS", "SCHEMES", "QuantizeOptions"]
 
 SCHEMES = {"w4a16": "w4a16", "qqq": "w4a8-int8", "fireq": "w4a8-fp8", "fp8": "fp8"}
 """Names on the command line, and the bits of weights and activations they are served in."""
 
-_GROUP_SIZES = (128, 64, 32)
+HEADS = ("bf16", "fp8")
+"""The LM head as it is stored, or in eight bits."""
+
+GROUP_SIZES = (128, 64, 32)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,6 +29,8 @@ class QuantizeOptions:
     `rotate` applies a Hadamard rotation to the values of each head. `search_tokens` bounds what
     smoothing is searched on, `steps` how many candidates it tries. `kv` is how keys and values
     will be held: bf16 (plain), fp8 or int4; for int4, keys are scaled first unless `nearest`.
+    `head` is how the LM head is stored, bf16 (as it is) or fp8; None stands for fp8 in the schemes
+    whose layers need FP8 arithmetic anyway. `vision` quantises vision tower and projector as well.
     """
 
     scheme: str
@@ -35,6 +40,8 @@ class QuantizeOptions:
     steps: int = 20
     search_tokens: int = 2048
     kv: str = KV_PLAIN
+    head: str | None = None
+    vision: bool = False
 
     def __post_init__(self) -> None:
         if self.scheme not in SCHEMES:
@@ -42,7 +49,7 @@ class QuantizeOptions:
                 f"Unknown quantisation scheme {self.scheme[:60]!r}.\n"
                 f"Four schemes are built in.\nChoose one of {', '.join(SCHEMES)}."
             )
-        if self.group_size not in (None, 0, *_GROUP_SIZES):
+        if self.group_size not in (None, 0, *GROUP_SIZES):
             raise ConfigError(
                 f"A group size of {self.group_size} is not supported.\n"
                 "The kernels share a scale among 32, 64 or 128 inputs, or a whole row.\n"
@@ -52,6 +59,11 @@ class QuantizeOptions:
             raise ConfigError(
                 f"Unknown KV format {self.kv[:60]!r}.\nKeys and values are plain or coded.\n"
                 f"Choose one of {', '.join((KV_PLAIN, *KV_CODED))}."
+            )
+        if self.head not in (None, *HEADS):
+            raise ConfigError(
+                f"Unknown format {self.head[:60]!r} of the head.\nIt is stored plain or in FP8.\n"
+                f"Choose one of {', '.join(HEADS)}."
             )
         if self.steps < 2 or self.search_tokens < 1:
             raise ConfigError("Nothing to search.\nsteps and search_tokens are too small.\n"
@@ -63,7 +75,14 @@ class QuantizeOptions:
         return SCHEMES[self.scheme]
 
     def resolved(self, config: DecoderConfig) -> QuantizeOptions:
-        """With a group size that divides the inputs of every layer; `ConfigError` if none does."""
+        """With a head, and a group size that divides the inputs of every layer.
+
+        Raises `ConfigError` if none does.
+        """
+        head = self.head or ("fp8" if self.stored_scheme in ("fp8", "w4a8-fp8") else "bf16")
+        return replace(self, head=head, group_size=self._fitting(config))
+
+    def _fitting(self, config: DecoderConfig) -> int | None:
         widths = {
             "hidden_size": config.hidden_size,
             "num_heads * head_dim": config.num_heads * config.head_dim,
@@ -75,17 +94,22 @@ class QuantizeOptions:
                 "A Hadamard matrix is built for powers of two only.\nLeave the rotation out."
             )
         if self.scheme == "fp8" or self.group_size == 0:
-            return self
-        sizes = _GROUP_SIZES if self.group_size is None else (self.group_size,)
+            return self.group_size
+        sizes = GROUP_SIZES if self.group_size is None else (self.group_size,)
         for size in sizes:
             bad = [f"{name} = {width}" for name, width in widths.items() if width % size]
             if not bad:
-                return QuantizeOptions(**{**asdict(self), "group_size": size})
+                return size
         raise ConfigError(
             f"Groups of {sizes[-1]} inputs do not divide {bad[0]}.\n"
             "Every group of a layer must be whole.\n"
             "Choose a smaller group size, or 0 for one scale per row."
         )
+
+    @property
+    def format_version(self) -> int:
+        """The lowest version of our layout that can say it: older readers read what they can."""
+        return 2 if self.vision or self.head == "fp8" else 1
 
     def described(self) -> dict[str, Any]:
         """As JSON values."""

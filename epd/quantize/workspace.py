@@ -1,7 +1,8 @@
 """A quantised checkpoint in the making: beside its destination, resumable, and renamed at the end.
 
     .NAME.partial/model/     becomes NAME in one rename, when everything is in it
-    .NAME.partial/scratch/   plan.json, layer-I.json once layer I is on disk, hidden-I.safetensors
+    .NAME.partial/scratch/   plan.json, calibration.json, layer-I.json once layer I is on disk,
+                             hidden-I.safetensors, what enters layer I
 
 Every file is written under another name and renamed, so whatever has its name is whole.
 """
@@ -9,7 +10,6 @@ Every file is written under another name and renamed, so whatever has its name i
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import json
 import os
 import shutil
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors.torch import load_file, save_file
 
-from epd.errors import ConfigError
+from epd.errors import ConfigError, EPDError
 from epd.kv.gate import SAMPLE_FILE, SAMPLE_TOKENS
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     import torch
 
-__all__ = ["Workspace", "digest", "layer_file"]
+__all__ = ["Workspace", "layer_file"]
 
 
 def layer_file(index: int) -> str:
@@ -48,7 +48,8 @@ class Workspace:
     def opened(self, plan: Mapping[str, Any]) -> Iterator[Workspace]:
         """The workspace, with what an earlier run of the same `plan` finished, or else empty.
 
-        Raises `ConfigError` when the destination is taken or another process works on it.
+        Raises `ConfigError` when the destination is taken or another process works on it. After an
+        error that would come again, nothing of it is left.
         """
         if self._out.exists() and (not self._out.is_dir() or any(self._out.iterdir())):
             raise ConfigError(f"Cannot write to {self._out}.\nIt exists already.\n"
@@ -61,7 +62,11 @@ class Workspace:
                 raise ConfigError(f"Cannot write to {self._out}.\nAnother process is at it.\n"
                                   "Wait for it, or choose another place.") from None  # fmt: skip
             self._prepare(json.loads(json.dumps(plan)))
-            yield self
+            try:
+                yield self
+            except EPDError:
+                shutil.rmtree(self._root, ignore_errors=True)
+                raise
 
     def _prepare(self, plan: dict[str, Any]) -> None:
         file = self._scratch / "plan.json"
@@ -79,10 +84,20 @@ class Workspace:
             count += 1
         return count
 
-    def hidden(self, index: int) -> torch.Tensor | None:
-        """What enters layer `index`, if an earlier run left it."""
-        file = self._hidden_file(index)
-        return load_file(file)["hidden"] if file.is_file() else None
+    def calibration(self) -> dict[str, Any] | None:
+        """What `save_calibration` was told, None before that."""
+        file = self._scratch / "calibration.json"
+        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+
+    def save_calibration(self, hidden: torch.Tensor, told: Mapping[str, Any]) -> None:
+        """Keep what enters the first layer, and facts about it."""
+        self._save(self._hidden_file(0), {"hidden": hidden})
+        self._write_json(self._scratch / "calibration.json", told)
+
+    def hidden(self) -> torch.Tensor:
+        """What enters the first layer that is not finished; after the last, what left it."""
+        hidden: torch.Tensor = load_file(self._hidden_file(self.finished()))["hidden"]
+        return hidden
 
     def save_layer(
         self, index: int, tensors: dict[str, torch.Tensor], report: dict[str, Any],
@@ -98,6 +113,10 @@ class Workspace:
         """The reports of finished layers."""
         files = [self._scratch / f"layer-{index}.json" for index in range(self.finished())]
         return [json.loads(file.read_text(encoding="utf-8")) for file in files]
+
+    def save_tensors(self, name: str, tensors: dict[str, torch.Tensor]) -> None:
+        """A file of the finished checkpoint, of other tensors than a layer's."""
+        self._save(self.model / name, tensors)
 
     def save_sample(self, hidden: torch.Tensor) -> None:
         """What the check of coded KV at load looks at: hidden states of one sequence."""
@@ -128,8 +147,3 @@ class Workspace:
         unfinished = file.with_suffix(".writing")
         unfinished.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
         os.replace(unfinished, file)
-
-
-def digest(tensor: torch.Tensor) -> str:
-    """Hex sha256 of a tensor's bytes."""
-    return hashlib.sha256(tensor.contiguous().numpy().tobytes()).hexdigest()

@@ -45,7 +45,7 @@ def test_gptq_versions_differ_in_their_zeros() -> None:
         ({"quant_method": "gptq", "bits": 3}, "weight bits: 3"),
         ({"quant_method": "gptq", "bits": 4, "checkpoint_format": "marlin"}, "marlin"),
         ({"quant_method": "awq", "bits": 4, "version": "gemv"}, "gemv"),
-        ({"quant_method": "epd", "format_version": 2, "scheme": "fp8"}, "format_version: 2"),
+        ({"quant_method": "epd", "format_version": 3, "scheme": "fp8"}, "format_version: 3"),
         ({"quant_method": "epd", "format_version": 1, "scheme": "w2"}, "scheme: w2"),
         ({**_GOOD, "transform_config": {"R1": {}}}, "transform_config"),
         ({**_GOOD, "config_groups": {}}, "config_groups"),

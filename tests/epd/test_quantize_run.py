@@ -28,6 +28,7 @@ from epd.quantize.calibration import Sample, embed, from_directory, from_scenes
 from epd.quantize.options import QuantizeOptions
 from epd.quantize.run import REPORT, calibration_samples, quantize_model
 from epd.request import SamplingParams
+from epd_kernels import Fp8Linear
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -113,7 +114,9 @@ def test_the_vision_side_is_untouched_and_the_decoder_smaller(
     assert after.dtype == "bfloat16"
     plain, small = (Decoder.load(c, dtype=torch.bfloat16) for c in (before, after))
     layers = sum(p.numel() for p in plain.layers.parameters())
-    saved = plain.resident_bytes() - small.resident_bytes()
+    head = small.head.resident_bytes() if isinstance(small.head, Fp8Linear) else 0
+    assert (head > 0) == (scheme in ("fireq", "fp8"))
+    saved = plain.resident_bytes() - (small.resident_bytes() - head)
     assert saved > (0.7 if scheme == "fp8" else 0.9) * layers
 
 
@@ -125,7 +128,9 @@ def test_the_report_says_what_was_measured(quantized: dict[str, Path], scheme: s
         assert len(layer["layers"]) == 7
         assert 0 < layer["output_error"] <= 1.05 * layer["output_error_nearest"] < 0.5
     config = json.loads((quantized[scheme] / "config.json").read_text())["quantization_config"]
-    assert (config["quant_method"], config["format_version"]) == ("epd", 1)
+    told = ("fp8", 2) if scheme in ("fireq", "fp8") else ("bf16", 1)
+    assert (config["quant_method"], config["head"], config["format_version"]) == ("epd", *told)
+    assert (0 < report["head"]["output_error"] < 0.03) if told[1] == 2 else report["head"] is None
     assert config["group_size"] == (None if scheme == "fp8" else 64)
 
 

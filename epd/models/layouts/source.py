@@ -30,6 +30,10 @@ class LayerSource:
         """Whether the layer stores a tensor of this name."""
         return f"{self.prefix}.{suffix}" in self.checkpoint
 
+    def dtype(self, suffix: str) -> str | None:
+        """How the header spells the dtype of a tensor, None where there is none of this name."""
+        return self.checkpoint.stored_dtype(f"{self.prefix}.{suffix}")
+
     def get(
         self, suffix: str, dtypes: tuple[torch.dtype, ...], shape: tuple[int, ...] | None = None
     ) -> torch.Tensor:

@@ -8,12 +8,12 @@ import torch
 
 from epd.models.layouts import awq, compressed_tensors, gptq, own, qqq
 from epd.models.layouts.source import LayerSource
+from epd.models.quantization import MARKS
 from epd_kernels import FormatError, Fp8Weight, QuantWeight
 
 __all__ = ["StoredLayer", "StoredWeight", "is_quantized", "read_linear"]
 
 StoredWeight = QuantWeight | Fp8Weight
-_MARKS = ("weight_codes", "weight_packed", "weight_scale", "qweight", "B")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -26,7 +26,7 @@ class StoredLayer:
 
 def is_quantized(source: LayerSource) -> bool:
     """Whether the layer is stored in any of the quantised layouts."""
-    return any(source.has(mark) for mark in _MARKS)
+    return any(source.has(mark) for mark in MARKS)
 
 
 def read_linear(source: LayerSource) -> StoredLayer:
