@@ -49,6 +49,7 @@ app.add_typer(admin_app, name="admin")
 
 Config = Annotated[Path | None, typer.Option("--config", help="TOML file with settings.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on standard output.")]
+Model = Annotated[str | None, typer.Argument(help="Directory or hub id; none: the built-in model.")]
 Topology = Annotated[
     str | None, typer.Option(help="Workers by stages, like 1E1P1D, 2E1PD or 1EPD.")
 ]
@@ -70,9 +71,7 @@ def _exit(code: int) -> None:
 
 @app.command()
 def serve(
-    model: Annotated[
-        str | None, typer.Argument(help="Directory or hub id; none: the built-in model.")
-    ] = None,
+    model: Model = None,
     topology: Topology = None,
     host: Annotated[str | None, typer.Option(help="Address to listen on.")] = None,
     port: Annotated[int | None, typer.Option(min=1, max=65535)] = None,
@@ -251,9 +250,7 @@ def simulate(
 
 @app.command("eval")
 def evaluate(
-    model: Annotated[
-        str | None, typer.Argument(help="Directory or hub id; none: the built-in model.")
-    ] = None,
+    model: Model = None,
     bench: Annotated[
         str, typer.Option(help="scenes, or a directory with questions.jsonl and images.")
     ] = "scenes",
@@ -286,9 +283,7 @@ def evaluate(
 
 @app.command()
 def calibrate(
-    model: Annotated[
-        str | None, typer.Argument(help="Directory or hub id; none: the built-in model.")
-    ] = None,
+    model: Model = None,
     out: Annotated[Path, typer.Option(help="Where the schedule is written.")] = Path(
         "pruning_schedule.json"
     ),
@@ -313,9 +308,7 @@ def quantize(
     out: Annotated[Path, typer.Option("-o", "--out", help="A directory that is not there yet.")],
     scheme: Annotated[str, typer.Option(help="w4a16, qqq, fireq or fp8.")],
     kv: Annotated[str, typer.Option("--kv", help="Keys and values: bf16, fp8 or int4.")] = "bf16",
-    model: Annotated[
-        str | None, typer.Argument(help="Directory or hub id; none: the built-in model.")
-    ] = None,
+    model: Model = None,
     calib: Annotated[
         str, typer.Option(help="scenes, or a directory of pictures and .txt questions.")
     ] = "scenes",
@@ -323,11 +316,15 @@ def quantize(
     group_size: Annotated[int | None, typer.Option(help="32, 64, 128; 0: whole rows.")] = None,
     nearest: Annotated[bool, typer.Option("--nearest", help="Only round: the baseline.")] = False,
     rotate: Annotated[bool, typer.Option("--rotate", help="Hadamard-rotate the values.")] = False,
+    head: Annotated[
+        str | None, typer.Option(help="LM head: fp8 or bf16, as it is; none: fp8 for fireq, fp8.")
+    ] = None,
+    vision: Annotated[bool, typer.Option("--vision", help="The vision side as well.")] = False,
 ) -> None:
-    """Quantise the language layers of a model; started again, it goes on where it was stopped."""
+    """Quantise a model; started again, it goes on where it was stopped."""
     _exit(_lazy("cli.quantize", "quantize")(
         model, out, scheme=scheme, calib=calib, samples=samples, group_size=group_size,
-        nearest=nearest, rotate=rotate, kv=kv,
+        nearest=nearest, rotate=rotate, kv=kv, head=head, vision=vision,
     ))  # fmt: skip
 
 
