@@ -6,7 +6,9 @@ block_tables[s, p // block_size]. The queries are the last q_len positions, so q
 
     p <= seq_len - q_len + i          (nothing when that is negative: the output row is zero)
 
-and, head h reading KV head h // (num_heads / num_kv_heads),
+or, where `limits` are given, the positions p < limits[i] of its sequence: blocks of queries that
+see one another, or a prefix that is seen whole. With head h reading KV head
+h // (num_heads / num_kv_heads),
 
     out_i = sum_p softmax_p(scale * q_i . k_p) v_p
 
@@ -24,8 +26,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.nn import functional
 
+from .attention_reference import paged_attention_ref
 from .launch import attention_config, device_facts, jit, next_power_of_2, previous_power_of_2, tl
 
 if TYPE_CHECKING:
@@ -40,7 +42,7 @@ _MIN_SPLIT = 512  # positions; a shorter split costs more in merging than it gai
 def paged_attention(
     q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, *,
     block_tables: torch.Tensor, cu_seqlens_q: torch.Tensor, seq_lens: torch.Tensor,
-    scale: float, max_seqlen_q: int, max_seqlen_k: int,
+    scale: float, max_seqlen_q: int, max_seqlen_k: int, limits: torch.Tensor | None = None,
 ) -> torch.Tensor:  # fmt: skip
     """Attention output `[T, num_heads, head_dim]` of `q` of the same shape.
 
@@ -49,82 +51,15 @@ def paged_attention(
     `[S + 1]` ending in T, `seq_lens` int32 `[S]` counting this step's queries. `max_seqlen_q` and
     `max_seqlen_k` are upper bounds known to the host, which fix the launch: nothing else about
     the lengths is read there. A padding row of a fixed-size batch is a sequence of `seq_len` 0.
+    `limits` int32 `[T]` replaces the causal bound: row i sees positions p < limits[i], and no more
+    than there are; a row that sees none is zero.
     """
     run = paged_attention_triton if q.is_cuda else paged_attention_ref
     return run(
         q, k_cache, v_cache, block_tables=block_tables, cu_seqlens_q=cu_seqlens_q,
         seq_lens=seq_lens, scale=scale, max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k,
+        limits=limits,
     )  # fmt: skip
-
-
-def paged_attention_ref(
-    q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, *,
-    block_tables: torch.Tensor, cu_seqlens_q: torch.Tensor, seq_lens: torch.Tensor,
-    scale: float, max_seqlen_q: int, max_seqlen_k: int,
-) -> torch.Tensor:  # fmt: skip
-    """`paged_attention` in torch: one padded SDPA for a decode batch, else one per sequence."""
-    if max_seqlen_q == 1 and len(q) == len(seq_lens):
-        return _decode_ref(q, k_cache, v_cache, block_tables, seq_lens, scale)
-    out = torch.zeros_like(q)
-    bounds, lengths = cu_seqlens_q.tolist(), seq_lens.tolist()
-    for s, length in enumerate(lengths):
-        start, end = bounds[s], bounds[s + 1]
-        if length and end > start:
-            out[start:end] = _prefill_ref(
-                q[start:end], _gather(k_cache, block_tables[s], length),
-                _gather(v_cache, block_tables[s], length), scale,
-            )  # fmt: skip
-    return out
-
-
-def _gather(cache: torch.Tensor, table: torch.Tensor, length: int) -> torch.Tensor:
-    """`[length, Hkv, D]`: the rows of one sequence in order."""
-    num_blocks = -(-length // cache.shape[1])
-    return cache[table[:num_blocks].long()].flatten(0, 1)[:length]
-
-
-def _prefill_ref(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
-    """One sequence: `q [q_len, H, D]` over `k`, `v` `[seq_len, Hkv, D]`, batched by KV head."""
-    q_len, kv_heads = len(q), k.shape[1]
-    group = q.shape[1] // kv_heads
-    hidden = max(q_len - len(k), 0)  # queries before position 0 see nothing
-    grouped = q.reshape(q_len, kv_heads, group, -1).permute(1, 2, 0, 3)[:, :, hidden:]
-    k = k.transpose(0, 1).unsqueeze(1).expand(-1, group, -1, -1)
-    v = v.transpose(0, 1).unsqueeze(1).expand(-1, group, -1, -1)
-    rows = q_len - hidden
-    mask = None
-    if 1 < rows < k.shape[2]:
-        mask = torch.ones(rows, k.shape[2], dtype=torch.bool, device=q.device)
-        mask = mask.tril(k.shape[2] - rows)
-    out = functional.scaled_dot_product_attention(
-        grouped, k, v, attn_mask=mask, is_causal=rows == k.shape[2], scale=scale
-    )
-    out = functional.pad(out, (0, 0, hidden, 0))
-    return out.permute(2, 0, 1, 3).flatten(1, 2)
-
-
-def _decode_ref(
-    q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, block_tables: torch.Tensor,
-    seq_lens: torch.Tensor, scale: float,
-) -> torch.Tensor:  # fmt: skip
-    """One query per sequence: the head group plays the part of the query axis."""
-    num_seqs, block_size, kv_heads = len(q), k_cache.shape[1], k_cache.shape[2]
-    num_blocks = -(-int(seq_lens.max()) // block_size) if num_seqs else 0
-    if not num_blocks:
-        return torch.zeros_like(q)
-    position = torch.arange(num_blocks * block_size, device=q.device)
-    seen = position < seq_lens[:, None]
-    table = block_tables[:, :num_blocks].long() * seen[:, ::block_size]
-    # rows past a sequence's length may hold anything, NaN included: few, so cheaper than a mask
-    unseen = (~seen).flatten().nonzero().flatten()
-    padded = (num_seqs, -1, kv_heads, q.shape[-1])
-    k = k_cache[table].flatten(0, 2).index_fill_(0, unseen, 0).view(padded).transpose(1, 2)
-    v = v_cache[table].flatten(0, 2).index_fill_(0, unseen, 0).view(padded).transpose(1, 2)
-    grouped = q.reshape(num_seqs, kv_heads, -1, q.shape[-1])
-    out = functional.scaled_dot_product_attention(
-        grouped, k, v, attn_mask=seen[:, None, None], scale=scale
-    )
-    return out.flatten(1, 2).masked_fill_((seq_lens == 0)[:, None, None], 0)
 
 
 @jit
@@ -168,6 +103,27 @@ def _attend_tiles(
 
 
 @jit
+def visible_rows(
+    limits: tl.tensor, o_q: tl.tensor, m_r: tl.tensor, i_q: tl.tensor, q_len: tl.tensor,
+    seq_len: tl.tensor, TILE: tl.constexpr, LIMITED: tl.constexpr,
+) -> tl.tensor:  # fmt: skip
+    """The last position each row sees, the count that all see, and the end of what any sees.
+
+    Rows are queries `o_q` of a sequence, whose `limits` start at the pointer.
+    """
+    if LIMITED:
+        b_limit = tl.minimum(tl.load(limits + o_q, mask=m_r, other=0), seq_len)
+        end = tl.maximum(tl.max(b_limit, axis=0), 0)
+        seen_by_all = tl.min(tl.where(m_r, b_limit, end), axis=0)
+        o_limit = b_limit - 1
+    else:
+        first = seq_len - q_len
+        o_limit, seen_by_all = first + o_q, first + i_q + 1
+        end = tl.minimum(first + i_q + TILE, seq_len)
+    return o_limit, seen_by_all, end
+
+
+@jit
 def _attend(
     b_q: tl.tensor, o_limit: tl.tensor, seen_by_all: tl.tensor, table: tl.tensor,
     k_cache: tl.tensor, v_cache: tl.tensor, stride_block: tl.tensor, stride_row: tl.tensor,
@@ -197,10 +153,11 @@ def _attend(
 @jit
 def _prefill_kernel(
     q: tl.tensor, k_cache: tl.tensor, v_cache: tl.tensor, out: tl.tensor, block_tables: tl.tensor,
-    cu_seqlens_q: tl.tensor, seq_lens: tl.tensor, scale_log2: tl.tensor, q_stride_t: tl.tensor,
-    q_stride_h: tl.tensor, stride_block: tl.tensor, stride_row: tl.tensor, stride_head: tl.tensor,
-    table_stride: tl.tensor, BLOCK_SIZE: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    cu_seqlens_q: tl.tensor, seq_lens: tl.tensor, limits: tl.tensor, scale_log2: tl.tensor,
+    q_stride_t: tl.tensor, q_stride_h: tl.tensor, stride_block: tl.tensor, stride_row: tl.tensor,
+    stride_head: tl.tensor, table_stride: tl.tensor, BLOCK_SIZE: tl.constexpr, GROUP: tl.constexpr,
+    D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    LIMITED: tl.constexpr,
 ) -> None:  # fmt: skip
     """BLOCK_M // GROUP queries of one sequence and KV head; row r is query r // GROUP."""
     TILE: tl.constexpr = BLOCK_M // GROUP
@@ -213,16 +170,18 @@ def _prefill_kernel(
         seq_len = tl.load(seq_lens + i_s)
         o_r, o_d = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
         o_q = i_q + o_r // GROUP
-        m_q = ((o_q < q_len) & (o_r < TILE * GROUP))[:, None] & (o_d < D)[None, :]
+        m_r = (o_q < q_len) & (o_r < TILE * GROUP)
+        m_q = m_r[:, None] & (o_d < D)[None, :]
         o_t = (q_start + o_q).to(tl.int64)[:, None]
         o_h = (i_h * GROUP + o_r % GROUP)[:, None]
         b_q = tl.load(q + o_t * q_stride_t + o_h * q_stride_h + o_d[None, :], mask=m_q, other=0.0)
-        end = tl.minimum(seq_len - q_len + i_q + TILE, seq_len)
+        o_limit, seen_by_all, end = visible_rows(
+            limits + q_start, o_q, m_r, i_q, q_len, seq_len, TILE, LIMITED
+        )
         _, b_l, b_o = _attend(
-            b_q, seq_len - q_len + o_q, seq_len - q_len + i_q + 1,
-            block_tables + i_s.to(tl.int64) * table_stride, k_cache + i_h * stride_head,
-            v_cache + i_h * stride_head, stride_block, stride_row, scale_log2, 0, end,
-            BLOCK_SIZE, D, BLOCK_M, BLOCK_N, BLOCK_D,
+            b_q, o_limit, seen_by_all, block_tables + i_s.to(tl.int64) * table_stride,
+            k_cache + i_h * stride_head, v_cache + i_h * stride_head, stride_block, stride_row,
+            scale_log2, 0, end, BLOCK_SIZE, D, BLOCK_M, BLOCK_N, BLOCK_D,
         )  # fmt: skip
         b_o = b_o / tl.where(b_l == 0.0, 1.0, b_l)[:, None]
         heads = tl.num_programs(1) * GROUP
@@ -234,10 +193,11 @@ def _prefill_kernel(
 def _decode_kernel(
     q: tl.tensor, k_cache: tl.tensor, v_cache: tl.tensor, out: tl.tensor, partial: tl.tensor,
     stats: tl.tensor, block_tables: tl.tensor, cu_seqlens_q: tl.tensor, seq_lens: tl.tensor,
-    scale_log2: tl.tensor, q_stride_t: tl.tensor, q_stride_h: tl.tensor, stride_block: tl.tensor,
-    stride_row: tl.tensor, stride_head: tl.tensor, table_stride: tl.tensor,
-    BLOCK_SIZE: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, SPLITS: tl.constexpr,
+    limits: tl.tensor, scale_log2: tl.tensor, q_stride_t: tl.tensor, q_stride_h: tl.tensor,
+    stride_block: tl.tensor, stride_row: tl.tensor, stride_head: tl.tensor,
+    table_stride: tl.tensor, BLOCK_SIZE: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, LIMITED: tl.constexpr,
+    SPLITS: tl.constexpr,
 ) -> None:  # fmt: skip
     """One split of one sequence and KV head; row r is query head r of the group.
 
@@ -248,6 +208,8 @@ def _decode_kernel(
     i_t = tl.load(cu_seqlens_q + i_s).to(tl.int64)
     if tl.load(cu_seqlens_q + i_s + 1) > i_t:
         seq_len = tl.load(seq_lens + i_s)
+        if LIMITED:
+            seq_len = tl.maximum(tl.minimum(tl.load(limits + i_t), seq_len), 0)
         chunk = tl.cdiv(tl.cdiv(seq_len, SPLITS), BLOCK_N) * BLOCK_N
         start = i_split * chunk
         end = tl.minimum(start + chunk, seq_len)
@@ -297,7 +259,8 @@ def _combine_kernel(
 def paged_attention_triton(
     q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, *,
     block_tables: torch.Tensor, cu_seqlens_q: torch.Tensor, seq_lens: torch.Tensor,
-    scale: float, max_seqlen_q: int, max_seqlen_k: int, config: AttentionConfig | None = None,
+    scale: float, max_seqlen_q: int, max_seqlen_k: int, limits: torch.Tensor | None = None,
+    config: AttentionConfig | None = None,
 ) -> torch.Tensor:  # fmt: skip
     """`paged_attention` on the device of `q`; `config` replaces the built-in choice."""
     tokens, heads, dim = q.shape
@@ -317,8 +280,10 @@ def paged_attention_triton(
         "BLOCK_SIZE": block_size, "GROUP": group, "D": dim, "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n, "BLOCK_D": max(16, next_power_of_2(dim)),
         "num_warps": config.num_warps, "num_stages": config.num_stages,
+        "LIMITED": limits is not None,
     }  # fmt: skip
-    lengths = (block_tables, cu_seqlens_q, seq_lens, scale * _LOG2_E)
+    bounds = seq_lens if limits is None else limits
+    lengths = (block_tables, cu_seqlens_q, seq_lens, bounds, scale * _LOG2_E)
     if max_seqlen_q > 1:
         tiles = -(-max_seqlen_q // (config.block_m // group))
         _prefill_kernel[(tiles, kv_heads, num_seqs)](

@@ -19,10 +19,11 @@ from typing import Any
 
 import torch
 
+from .attention_reference import paged_attention_ref
 from .coded_tile import attend_codes
 from .kv_codes import KVFormat, QuantKV, dequantize_kv
 from .launch import INTERPRETED, device_facts, jit, next_power_of_2, tl
-from .paged_attention import _combine_kernel, paged_attention_ref
+from .paged_attention import _combine_kernel, visible_rows
 from .widened_kv import attend_widened, widening_pays
 
 __all__ = ["CodedConfig", "coded_config", "quantized_attention", "quantized_attention_ref"]
@@ -65,7 +66,7 @@ def coded_config(*, target: KVFormat, head_dim: int, rows: int, decode: bool) ->
 def quantized_attention(
     q: torch.Tensor, k_cache: QuantKV, v_cache: QuantKV, *,
     block_tables: torch.Tensor, cu_seqlens_q: torch.Tensor, seq_lens: torch.Tensor,
-    scale: float, max_seqlen_q: int, max_seqlen_k: int,
+    scale: float, max_seqlen_q: int, max_seqlen_k: int, limits: torch.Tensor | None = None,
 ) -> torch.Tensor:  # fmt: skip
     """Attention output `[T, num_heads, head_dim]`, arguments as of `paged_attention`.
 
@@ -81,13 +82,14 @@ def quantized_attention(
     return run(
         q, k_cache, v_cache, block_tables=block_tables, cu_seqlens_q=cu_seqlens_q,
         seq_lens=seq_lens, scale=scale, max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k,
+        limits=limits,
     )  # fmt: skip
 
 
 def quantized_attention_ref(
     q: torch.Tensor, k_cache: QuantKV, v_cache: QuantKV, *,
     block_tables: torch.Tensor, cu_seqlens_q: torch.Tensor, seq_lens: torch.Tensor,
-    scale: float, max_seqlen_q: int, max_seqlen_k: int,
+    scale: float, max_seqlen_q: int, max_seqlen_k: int, limits: torch.Tensor | None = None,
 ) -> torch.Tensor:  # fmt: skip
     """`quantized_attention` in torch: the blocks of the batch are widened, then attended to."""
     longest = int(seq_lens.max()) if len(seq_lens) else 0
@@ -98,7 +100,7 @@ def quantized_attention_ref(
     tables = torch.arange(len(blocks), device=q.device).view(len(seq_lens), -1)
     return paged_attention_ref(
         q, k, v, block_tables=tables, cu_seqlens_q=cu_seqlens_q, seq_lens=seq_lens, scale=scale,
-        max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k,
+        max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k, limits=limits,
     )  # fmt: skip
 
 
@@ -112,12 +114,12 @@ def _taken(cache: QuantKV, blocks: torch.Tensor) -> QuantKV:
 def _prefill_codes_kernel(
     q: tl.tensor, k_codes: tl.tensor, v_codes: tl.tensor, k_scales: tl.tensor,
     v_scales: tl.tensor, out: tl.tensor, block_tables: tl.tensor, cu_seqlens_q: tl.tensor,
-    seq_lens: tl.tensor, scale_log2: tl.tensor, q_stride_t: tl.tensor, q_stride_h: tl.tensor,
-    stride_block: tl.tensor, stride_row: tl.tensor, stride_head: tl.tensor,
+    seq_lens: tl.tensor, limits: tl.tensor, scale_log2: tl.tensor, q_stride_t: tl.tensor,
+    q_stride_h: tl.tensor, stride_block: tl.tensor, stride_row: tl.tensor, stride_head: tl.tensor,
     scale_stride_block: tl.tensor, scale_stride_row: tl.tensor, scale_stride_head: tl.tensor,
     table_stride: tl.tensor, BLOCK_SIZE: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr,
     HALF: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
-    USE_PTX: tl.constexpr,
+    USE_PTX: tl.constexpr, LIMITED: tl.constexpr,
 ) -> None:  # fmt: skip
     """BLOCK_M // GROUP queries of one sequence and KV head; row r is query r // GROUP."""
     TILE: tl.constexpr = BLOCK_M // GROUP
@@ -130,17 +132,20 @@ def _prefill_codes_kernel(
         seq_len = tl.load(seq_lens + i_s)
         o_r, o_c = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_C)
         o_q = i_q + o_r // GROUP
-        m_q = ((o_q < q_len) & (o_r < TILE * GROUP))[:, None] & (o_c < HALF)[None, :]
+        m_r = (o_q < q_len) & (o_r < TILE * GROUP)
+        m_q = m_r[:, None] & (o_c < HALF)[None, :]
         o_t = (q_start + o_q).to(tl.int64)[:, None]
         o_h = (i_h * GROUP + o_r % GROUP)[:, None]
-        end = tl.minimum(seq_len - q_len + i_q + TILE, seq_len)
+        o_limit, seen_by_all, end = visible_rows(
+            limits + q_start, o_q, m_r, i_q, q_len, seq_len, TILE, LIMITED
+        )
         _, b_l, b_o1, b_o2 = attend_codes(
-            q + o_t * q_stride_t + o_h * q_stride_h + o_c[None, :], m_q, seq_len - q_len + o_q,
-            seq_len - q_len + i_q + 1, block_tables + i_s.to(tl.int64) * table_stride,
-            k_codes + i_h * stride_head, v_codes + i_h * stride_head,
-            k_scales + i_h * scale_stride_head, v_scales + i_h * scale_stride_head, stride_block,
-            stride_row, scale_stride_block, scale_stride_row, scale_log2, 0, end, BLOCK_SIZE, BITS,
-            HALF, BLOCK_M, BLOCK_N, BLOCK_C, USE_PTX,
+            q + o_t * q_stride_t + o_h * q_stride_h + o_c[None, :], m_q, o_limit, seen_by_all,
+            block_tables + i_s.to(tl.int64) * table_stride, k_codes + i_h * stride_head,
+            v_codes + i_h * stride_head, k_scales + i_h * scale_stride_head,
+            v_scales + i_h * scale_stride_head, stride_block, stride_row, scale_stride_block,
+            scale_stride_row, scale_log2, 0, end, BLOCK_SIZE, BITS, HALF, BLOCK_M, BLOCK_N,
+            BLOCK_C, USE_PTX,
         )  # fmt: skip
         b_l = tl.where(b_l == 0.0, 1.0, b_l)[:, None]
         heads = tl.num_programs(1) * GROUP
@@ -153,12 +158,13 @@ def _prefill_codes_kernel(
 def _decode_codes_kernel(
     q: tl.tensor, k_codes: tl.tensor, v_codes: tl.tensor, k_scales: tl.tensor,
     v_scales: tl.tensor, out: tl.tensor, partial: tl.tensor, stats: tl.tensor,
-    block_tables: tl.tensor, cu_seqlens_q: tl.tensor, seq_lens: tl.tensor, scale_log2: tl.tensor,
-    q_stride_t: tl.tensor, q_stride_h: tl.tensor, stride_block: tl.tensor, stride_row: tl.tensor,
-    stride_head: tl.tensor, scale_stride_block: tl.tensor, scale_stride_row: tl.tensor,
-    scale_stride_head: tl.tensor, table_stride: tl.tensor, BLOCK_SIZE: tl.constexpr,
-    BITS: tl.constexpr, GROUP: tl.constexpr, HALF: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, USE_PTX: tl.constexpr, SPLITS: tl.constexpr,
+    block_tables: tl.tensor, cu_seqlens_q: tl.tensor, seq_lens: tl.tensor, limits: tl.tensor,
+    scale_log2: tl.tensor, q_stride_t: tl.tensor, q_stride_h: tl.tensor, stride_block: tl.tensor,
+    stride_row: tl.tensor, stride_head: tl.tensor, scale_stride_block: tl.tensor,
+    scale_stride_row: tl.tensor, scale_stride_head: tl.tensor, table_stride: tl.tensor,
+    BLOCK_SIZE: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, HALF: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, USE_PTX: tl.constexpr,
+    LIMITED: tl.constexpr, SPLITS: tl.constexpr,
 ) -> None:  # fmt: skip
     """One split of one sequence and KV head; row r is query head r of the group.
 
@@ -169,6 +175,8 @@ def _decode_codes_kernel(
     i_t = tl.load(cu_seqlens_q + i_s).to(tl.int64)
     if tl.load(cu_seqlens_q + i_s + 1) > i_t:
         seq_len = tl.load(seq_lens + i_s)
+        if LIMITED:
+            seq_len = tl.maximum(tl.minimum(tl.load(limits + i_t), seq_len), 0)
         chunk = tl.cdiv(tl.cdiv(seq_len, SPLITS), BLOCK_N) * BLOCK_N
         start = i_split * chunk
         end = tl.minimum(start + chunk, seq_len)
@@ -200,7 +208,8 @@ def _decode_codes_kernel(
 def quantized_attention_triton(
     q: torch.Tensor, k_cache: QuantKV, v_cache: QuantKV, *,
     block_tables: torch.Tensor, cu_seqlens_q: torch.Tensor, seq_lens: torch.Tensor,
-    scale: float, max_seqlen_q: int, max_seqlen_k: int, config: CodedConfig | None = None,
+    scale: float, max_seqlen_q: int, max_seqlen_k: int, limits: torch.Tensor | None = None,
+    config: CodedConfig | None = None,
 ) -> torch.Tensor:  # fmt: skip
     """`quantized_attention` on the device of `q`; `config` replaces the built-in choice."""
     tokens, heads, dim = q.shape
@@ -220,15 +229,16 @@ def quantized_attention_triton(
         *(c.scales.view(torch.int32) for c in (k_cache, v_cache)),
     )
     lengths = (
-        block_tables, cu_seqlens_q, seq_lens, scale * _LOG2_E, q.stride(0), q.stride(1),
-        *k_cache.codes.stride()[:3], *k_cache.scales.stride(), block_tables.stride(0),
+        block_tables, cu_seqlens_q, seq_lens, seq_lens if limits is None else limits,
+        scale * _LOG2_E, q.stride(0), q.stride(1), *k_cache.codes.stride()[:3],
+        *k_cache.scales.stride(), block_tables.stride(0),
     )  # fmt: skip
     options: dict[str, Any] = {
         "BLOCK_SIZE": block_size, "BITS": 4 if k_cache.format is KVFormat.INT4 else 8,
         "GROUP": group, "HALF": dim // 2, "BLOCK_M": config.block_m, "BLOCK_N": config.block_n,
         "BLOCK_C": max(16, next_power_of_2(dim // 2)), "USE_PTX": config.use_ptx,
         "num_warps": config.num_warps, "num_stages": config.num_stages,
-        "maxnreg": config.max_registers,
+        "maxnreg": config.max_registers, "LIMITED": limits is not None,
     }  # fmt: skip
     if not decode:
         tiles = -(-max_seqlen_q // (config.block_m // group))

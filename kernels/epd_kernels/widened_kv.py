@@ -33,7 +33,7 @@ def widening_pays(q: torch.Tensor, k_cache: QuantKV, *, num_seqs: int, max_seqle
 def attend_widened(
     q: torch.Tensor, k_cache: QuantKV, v_cache: QuantKV, *,
     block_tables: torch.Tensor, cu_seqlens_q: torch.Tensor, seq_lens: torch.Tensor,
-    scale: float, max_seqlen_q: int, max_seqlen_k: int,
+    scale: float, max_seqlen_q: int, max_seqlen_k: int, limits: torch.Tensor | None = None,
 ) -> torch.Tensor:  # fmt: skip
     """`quantized_attention` on the device of `q`, through a scratch of the dtype of `q`."""
     width = min(-(-max_seqlen_k // k_cache.codes.shape[1]), block_tables.shape[1])
@@ -43,6 +43,7 @@ def attend_widened(
     return paged_attention_triton(
         q, *scratch, block_tables=places, cu_seqlens_q=cu_seqlens_q, seq_lens=seq_lens,
         scale=scale, max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k,
+        limits=limits,
     )  # fmt: skip
 
 

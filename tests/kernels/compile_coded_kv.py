@@ -17,7 +17,8 @@ attention = importlib.import_module("epd_kernels.quantized_attention")
 store = importlib.import_module("epd_kernels.quantized_store")
 widened = importlib.import_module("epd_kernels.widened_kv")
 
-HEADS = {"GROUP": 4, "HALF": 64, "BLOCK_C": 64, "BLOCK_SIZE": 16, "USE_PTX": True}
+HEADS = {"GROUP": 4, "HALF": 64, "BLOCK_C": 64, "BLOCK_SIZE": 16, "USE_PTX": True,
+         "LIMITED": False}  # fmt: skip
 
 
 def open_loop(sass: str) -> int:

@@ -19,7 +19,8 @@ MODULES = (
 attention, norm, rope, silu_mul, kv_store, activations, fused, launch = (
     importlib.import_module(f"epd_kernels.{name}") for name in MODULES
 )
-LENGTHS = {"block_tables": "*i32", "cu_seqlens_q": "*i32", "seq_lens": "*i32", "scale_log2": "fp32"}
+LENGTHS = {"block_tables": "*i32", "cu_seqlens_q": "*i32", "seq_lens": "*i32", "limits": "*i32",
+           "scale_log2": "fp32"}  # fmt: skip
 
 
 def build(
@@ -32,7 +33,7 @@ def build(
     aligned = {
         (i,): [["tt.divisibility", 16]]
         for i, n in enumerate(names)
-        if signature[n].startswith("*") or "stride" in n or (n, signature[n]) == ("D", "i32")
+        if signature[n].startswith("*") or "stride" in n or (n in even and signature[n] == "i32")
     }
     fixed = {(names.index(n),): value for n, value in constants.items()}
     options = {"num_warps": warps, "num_stages": stages, "maxnreg": registers}
@@ -72,7 +73,8 @@ def all_kernels() -> dict[str, dict[str, Any]]:
         p = f"*{dtype}"
         types = {**LENGTHS, "q": p, "k_cache": p, "v_cache": p, "out": p,
                  "partial": "*fp32", "stats": "*fp32"}  # fmt: skip
-        tile = {"BLOCK_SIZE": 16, "GROUP": 4, "D": 128, "BLOCK_N": 64, "BLOCK_D": 128}
+        tile = {"BLOCK_SIZE": 16, "GROUP": 4, "D": 128, "BLOCK_N": 64, "BLOCK_D": 128,
+                "LIMITED": False}  # fmt: skip
         prefill = build(attention._prefill_kernel, types, {**tile, "BLOCK_M": 128}, 8, 3)
         found[f"prefill-{dtype}"] = describe(prefill)
         decode = build(attention._decode_kernel, types, {**tile, "BLOCK_M": 16, "SPLITS": 4}, 4, 3)

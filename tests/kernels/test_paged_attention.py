@@ -67,7 +67,7 @@ class Batch:
         }
 
 
-def dense(batch: Batch) -> torch.Tensor:
+def dense(batch: Batch, limits: torch.Tensor | None = None) -> torch.Tensor:
     """The definition: softmax over the visible prefix of each query, in fp64, one at a time."""
     out = torch.zeros(batch.q.shape, dtype=torch.float64)
     group = batch.q.shape[1] // batch.k[0].shape[1]
@@ -75,6 +75,8 @@ def dense(batch: Batch) -> torch.Tensor:
         first, last = batch.bounds[s], batch.bounds[s + 1]
         for row in range(first, last):
             visible = max(len(k) - (last - first) + (row - first) + 1, 0)
+            if limits is not None:
+                visible = min(max(int(limits[row]), 0), len(k))
             for h in range(batch.q.shape[1]):
                 if visible:
                     keys = k[:visible, h // group].double()
@@ -130,6 +132,53 @@ def test_bounds_may_exceed_lengths(backend, assert_close):
         assert_close(out, dense(batch))
     out = run(*batch.args, **{**batch.options, "max_seqlen_q": 40})
     assert_close(out, dense(batch))
+
+
+def spans(case: Case, seed: int) -> torch.Tensor:
+    """Limits of random bidirectional spans: every query of one sees up to its end, or nothing."""
+    rng = torch.Generator().manual_seed(seed)
+    limits = []
+    for q_len, seq_len in case.seqs:
+        mine = torch.arange(q_len) + 1 + seq_len - q_len
+        start = 0
+        while start < q_len:
+            stop = start + int(torch.randint(1, 9, (), generator=rng))
+            mine[start:stop] = mine[start:stop].max()
+            start = stop
+        if q_len > 2:
+            mine[1], mine[2] = -3, seq_len + 100
+        limits.append(mine)
+    return torch.cat(limits).int()
+
+
+@pytest.mark.parametrize("case", [*DECODE, *PREFILL], ids=str)
+def test_limits_equal_the_brute_force_mask(case, backend, assert_close):
+    """Spans that see one another, rows that see nothing, and limits past the end."""
+    run = backend.op("paged_attention", "paged_attention")
+    for seed, dtype in enumerate(backend.dtypes):
+        batch = Batch(case, dtype, backend.device)
+        limits = spans(case, seed)
+        if max(q for q, _ in case.seqs) == 1:
+            limits = (limits - seed * 7).to(torch.int32)
+        out = run(*batch.args, **batch.options, limits=limits.to(backend.device))
+        assert_close(out, dense(batch, limits))
+
+
+def test_limits_bound_every_split_of_decoding(backend, assert_close):
+    batch = Batch(Case(((1, 1500), (1, 1500), (1, 0), (1, 1100)), 2, 1, 16), torch.float32,
+                  backend.device)  # fmt: skip
+    limits = torch.tensor([1500, 3, 4, 701], dtype=torch.int32)
+    run = backend.op("paged_attention", "paged_attention")
+    out = run(*batch.args, **batch.options, limits=limits.to(backend.device))
+    assert_close(out, dense(batch, limits))
+
+
+def test_causal_limits_change_nothing(backend):
+    batch = Batch(PREFILL[1], torch.float32, backend.device)
+    run = backend.op("paged_attention", "paged_attention")
+    limits = torch.cat([torch.arange(q) + 1 + n - q for q, n in PREFILL[1].seqs]).int()
+    with_limits = run(*batch.args, **batch.options, limits=limits.to(backend.device))
+    torch.testing.assert_close(with_limits, run(*batch.args, **batch.options))
 
 
 def test_views_and_layer_slices(backend, assert_close):

@@ -78,7 +78,7 @@ def _bytes(tensor: torch.Tensor) -> torch.Tensor:
     return tensor if tensor.dtype == torch.float32 else tensor.view(torch.uint8)
 
 
-def dense(batch: CodedBatch) -> torch.Tensor:
+def dense(batch: CodedBatch, limits: torch.Tensor | None = None) -> torch.Tensor:
     """The definition: softmax over the visible prefix of each query, in fp64."""
     out = torch.zeros(batch.q.shape, dtype=torch.float64)
     heads = batch.q.shape[1]
@@ -87,6 +87,8 @@ def dense(batch: CodedBatch) -> torch.Tensor:
         k, v = (t.double().repeat_interleave(heads // t.shape[1], dim=1) for t in (k, v))
         for row in range(first, last):
             visible = max(len(k) - (last - first) + (row - first) + 1, 0)
+            if limits is not None:
+                visible = min(max(int(limits[row]), 0), len(k))
             if visible:
                 scores = torch.einsum("hd,nhd->hn", batch.q[row].double(), k[:visible])
                 weights = (scores * batch.scale).softmax(-1)
@@ -161,6 +163,31 @@ def test_small_and_large_values_keep_their_accuracy(target, backend):
         close(run(*batch.args, **batch.options), dense(batch))
 
 
+def some_limits(batch: CodedBatch) -> torch.Tensor:
+    """Per row anything from nothing to more than there is."""
+    longest = batch.options["max_seqlen_k"]
+    rng = torch.Generator().manual_seed(longest)
+    return torch.randint(-2, longest + 9, (len(batch.q),), generator=rng, dtype=torch.int32)
+
+
+@FORMATS
+@pytest.mark.parametrize("case", [DECODE[1], DECODE[3], PREFILL[1], PREFILL[2]], ids=name)
+def test_limits_equal_the_brute_force_mask(case, target, backend):
+    batch = CodedBatch(target, torch.float32, backend.device, **case)
+    limits = some_limits(batch)
+    run = backend.op("quantized_attention", "quantized_attention")
+    close(run(*batch.args, **batch.options, limits=limits.to(backend.device)), dense(batch, limits))
+
+
+@FORMATS
+def test_limits_bound_every_split_of_decoding(target, backend):
+    batch = CodedBatch(target, torch.float32, backend.device, ((1, 1100), (1, 900), (1, 0)),
+                       heads=2, kv_heads=1, dim=16)  # fmt: skip
+    limits = torch.tensor([701, 3, 5], dtype=torch.int32)
+    run = backend.op("quantized_attention", "quantized_attention")
+    close(run(*batch.args, **batch.options, limits=limits.to(backend.device)), dense(batch, limits))
+
+
 def test_decode_equals_the_last_row_of_prefill(backend):
     """A token sees the same whether it comes alone or at the end of a chunk."""
     batch = CodedBatch(KVFormat.INT4, torch.float32, backend.device, ((8, 40),))
@@ -215,6 +242,9 @@ def test_widened_equals_dense(case, target, backend):
         close(attend_widened(*batch.args, **batch.options), dense(batch))
     longer = {**batch.options, "max_seqlen_k": 600}
     close(attend_widened(*batch.args, **longer), dense(batch))
+    limits = some_limits(batch)
+    out = attend_widened(*batch.args, **batch.options, limits=limits.to(backend.device))
+    close(out, dense(batch, limits))
 
 
 @KERNELS
