@@ -21,6 +21,8 @@ import torch
 
 from .attention_reference import paged_attention_ref
 from .coded_tile import attend_codes
+from .errors import FormatError
+from .fp8_scores import attend_fp8_scores, rounded_queries
 from .kv_codes import KVFormat, QuantKV, dequantize_kv
 from .launch import INTERPRETED, device_facts, jit, next_power_of_2, tl
 from .paged_attention import _combine_kernel, visible_rows
@@ -67,16 +69,24 @@ def quantized_attention(
     q: torch.Tensor, k_cache: QuantKV, v_cache: QuantKV, *,
     block_tables: torch.Tensor, cu_seqlens_q: torch.Tensor, seq_lens: torch.Tensor,
     scale: float, max_seqlen_q: int, max_seqlen_k: int, limits: torch.Tensor | None = None,
+    fp8_scores: bool = False,
 ) -> torch.Tensor:  # fmt: skip
     """Attention output `[T, num_heads, head_dim]`, arguments as of `paged_attention`.
 
     Caches are coded: `[num_blocks, block_size, Hkv, W]`, scales `[num_blocks, block_size, Hkv]`.
+    With `fp8_scores`, calls of many queries over FP8 KV round their queries to e4m3 (see
+    `fp8_scores`); raises `FormatError` for that over INT4.
     """
+    if fp8_scores and k_cache.format is not KVFormat.FP8:
+        raise FormatError("fp8_scores needs keys held as fp8, found int4")
     bounds = {"num_seqs": len(seq_lens), "max_seqlen_k": max_seqlen_k}
+    many = widening_pays(q, k_cache, **bounds)
+    if fp8_scores and many and not q.is_cuda:
+        q = rounded_queries(q).to(q.dtype)
     if not q.is_cuda:
         run = quantized_attention_ref
-    elif widening_pays(q, k_cache, **bounds):
-        run = attend_widened
+    elif many:
+        run = attend_fp8_scores if fp8_scores else attend_widened
     else:
         run = quantized_attention_triton
     return run(

@@ -55,13 +55,14 @@ def _widen_kernel(
     stride_head: tl.tensor, scale_stride_block: tl.tensor, scale_stride_row: tl.tensor,
     scale_stride_head: tl.tensor, table_stride: tl.tensor, BLOCK_SIZE: tl.constexpr,
     BITS: tl.constexpr, HALF: tl.constexpr, ROWS: tl.constexpr, BLOCK_C: tl.constexpr,
+    PARTS: tl.constexpr,
 ) -> None:  # fmt: skip
-    """ROWS positions of one sequence and KV head, keys (0) or values (1)."""
-    i_s, i_h = tl.program_id(1) // 2, tl.program_id(2)
+    """ROWS positions of one sequence and KV head of one of PARTS caches."""
+    i_s, i_h = tl.program_id(1) // PARTS, tl.program_id(2)
     seq_len = tl.load(seq_lens + i_s)
     i_n = tl.program_id(0) * ROWS
     if i_n < seq_len:
-        is_value = tl.program_id(1) % 2
+        is_value = tl.program_id(1) % PARTS
         codes, scales = k_codes, k_scales
         if is_value == 1:
             codes, scales = v_codes, v_scales
@@ -89,27 +90,27 @@ def _widen_kernel(
 
 
 def widen_kv(
-    k_cache: QuantKV, v_cache: QuantKV, *, block_tables: torch.Tensor, seq_lens: torch.Tensor,
-    dtype: torch.dtype,
-) -> torch.Tensor:  # fmt: skip
-    """`[2, S * blocks, block_size, Hkv, D]`: K and V of `block_tables [S, blocks]`, in order.
+    *caches: QuantKV, block_tables: torch.Tensor, seq_lens: torch.Tensor, dtype: torch.dtype
+) -> torch.Tensor:
+    """`[len(caches), S * blocks, block_size, Hkv, D]`: the blocks of `block_tables [S, blocks]`.
 
-    Rows past the length of their sequence are left as they were found.
+    One or two caches, blocks in the order of the tables. Rows past the length of their sequence
+    are left as they were found.
     """
     num_seqs, width = block_tables.shape
-    block_size, kv_heads = k_cache.codes.shape[1:3]
-    dim = k_cache.head_dim
-    assert k_cache.codes.stride() == v_cache.codes.stride() and block_tables.stride(-1) == 1
-    assert k_cache.scales.stride() == v_cache.scales.stride() and k_cache.codes.stride(-1) == 1
-    shape = (2, num_seqs * width, block_size, kv_heads, dim)
-    out = torch.empty(shape, dtype=dtype, device=k_cache.codes.device)
+    first, last = caches[0], caches[-1]
+    block_size, kv_heads = first.codes.shape[1:3]
+    dim, parts = first.head_dim, len(caches)
+    assert first.codes.stride() == last.codes.stride() and block_tables.stride(-1) == 1
+    assert first.scales.stride() == last.scales.stride() and first.codes.stride(-1) == 1
+    shape = (parts, num_seqs * width, block_size, kv_heads, dim)
+    out = torch.empty(shape, dtype=dtype, device=first.codes.device)
     if out.numel():
-        _widen_kernel[(-(-width * block_size // _ROWS), 2 * num_seqs, kv_heads)](
-            k_cache.codes, v_cache.codes,
-            *(cache.scales.view(torch.int32) for cache in (k_cache, v_cache)), out, block_tables,
-            seq_lens, out.stride(0), width * out.stride(1), *k_cache.codes.stride()[:3],
-            *k_cache.scales.stride(), block_tables.stride(0), BLOCK_SIZE=block_size,
-            BITS=4 if k_cache.format is KVFormat.INT4 else 8, HALF=dim // 2, ROWS=_ROWS,
-            BLOCK_C=max(16, next_power_of_2(dim // 2)), num_warps=4,
+        _widen_kernel[(-(-width * block_size // _ROWS), parts * num_seqs, kv_heads)](
+            first.codes, last.codes, *(c.scales.view(torch.int32) for c in (first, last)), out,
+            block_tables, seq_lens, out.stride(0), width * out.stride(1),
+            *first.codes.stride()[:3], *first.scales.stride(), block_tables.stride(0),
+            BLOCK_SIZE=block_size, BITS=4 if first.format is KVFormat.INT4 else 8, HALF=dim // 2,
+            ROWS=_ROWS, BLOCK_C=max(16, next_power_of_2(dim // 2)), PARTS=parts, num_warps=4,
         )  # fmt: skip
     return out

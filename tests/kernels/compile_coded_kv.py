@@ -16,6 +16,7 @@ from epd_kernels.quantized_attention import coded_config
 attention = importlib.import_module("epd_kernels.quantized_attention")
 store = importlib.import_module("epd_kernels.quantized_store")
 widened = importlib.import_module("epd_kernels.widened_kv")
+scores = importlib.import_module("epd_kernels.fp8_scores")
 
 HEADS = {"GROUP": 4, "HALF": 64, "BLOCK_C": 64, "BLOCK_SIZE": 16, "USE_PTX": True,
          "LIMITED": False}  # fmt: skip
@@ -77,9 +78,19 @@ def widening_kernels() -> dict[str, dict[str, Any]]:
         types = {**LENGTHS, "out": "*bf16", "out_stride_kv": "i64"}
         types |= dict.fromkeys(("k_codes", "v_codes"), codes)
         types |= dict.fromkeys(("k_scales", "v_scales"), "*i32")
-        fixed = {"BLOCK_SIZE": 16, "BITS": bits, "HALF": 64, "ROWS": 64, "BLOCK_C": 64}
+        fixed = {"BLOCK_SIZE": 16, "BITS": bits, "HALF": 64, "ROWS": 64, "BLOCK_C": 64,
+                 "PARTS": 2}  # fmt: skip
         found[f"widen-{bits}"] = describe(build(widened._widen_kernel, types, fixed, 4, 3))
     return found
+
+
+def score_kernels() -> dict[str, dict[str, Any]]:
+    types = {**LENGTHS, "q": "*bf16", "out": "*bf16", "values": "*bf16", "scales": "*fp32",
+             "codes": "*fp8e4nv"}  # fmt: skip
+    fixed = {"BLOCK_SIZE": 16, "GROUP": 4, "D": 128, "BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_D": 128,
+             "LIMITED": False, "ENCODE": False}  # fmt: skip
+    built = build(scores._prefill_fp8_kernel, types, fixed, 8, 3)
+    return {"fp8-scores": describe(built)}
 
 
 def store_kernels() -> dict[str, dict[str, Any]]:
@@ -97,4 +108,4 @@ def store_kernels() -> dict[str, dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    json.dump(attention_kernels() | widening_kernels() | store_kernels(), sys.stdout)
+    json.dump(attention_kernels() | widening_kernels() | store_kernels() | score_kernels(), sys.stdout)

@@ -36,3 +36,9 @@ def test_decode_programs_fit_a_multiprocessor(compiled):
         decode = compiled[f"decode-{target}"]
         assert decode["registers"] <= 65536
         assert decode["shared"] <= 228 * 1024
+
+
+def test_fp8_scores_run_on_the_fp8_unit(compiled):
+    """Scores as e4m3, values as bf16, nothing on the older instructions."""
+    found = compiled["fp8-scores"]
+    assert set(found["wgmma"]) == {"e4m3", "bf16"} and not found["mma"]
