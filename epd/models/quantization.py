@@ -32,12 +32,13 @@ class Quantization:
     `kv` is how keys and values are to be held, as the checkpoint was calibrated.
 
     `zero_offset` is what a GPTQ file leaves out of its stored zeros: 1 in its first version, 0 in
-    its second.
+    its second. `act_order` is whether it says that groups follow an index of their own.
     """
 
     method: str
     scheme: str
     zero_offset: int = 0
+    act_order: bool = False
     kv: str = "bf16"
 
     @classmethod
@@ -111,7 +112,10 @@ def _gptq(raw: Mapping[str, Any]) -> Quantization:
     stored = raw.get("checkpoint_format") or "gptq"
     if stored not in ("gptq", "gptq_v2"):
         raise _unsupported("checkpoint_format", stored, "gptq, gptq_v2")
-    return Quantization(method="gptq", scheme="w4a16", zero_offset=int(stored == "gptq"))
+    return Quantization(
+        method="gptq", scheme="w4a16", zero_offset=int(stored == "gptq"),
+        act_order=raw.get("desc_act") is True,
+    )  # fmt: skip
 
 
 def _awq(raw: Mapping[str, Any]) -> Quantization:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,6 +11,7 @@ from epd.errors import ConfigError
 from epd.kv.formats import KV_PLAIN
 from epd.models.card import ModelCard
 from epd.models.checkpoint import Checkpoint
+from epd.models.files import problem
 from epd.quantize.block import Block, Sequences
 from epd.quantize.calibration import digest, embed, from_directory, from_scenes
 from epd.quantize.head import quantize_head
@@ -124,6 +126,14 @@ def _layers(
             block = Block.load(checkpoint, card.text, index)
             result = quantize_layer(block, hidden, sequences, options)
             hidden = result.hidden
+            finite = math.isfinite(result.report["output_error"])
+            if not finite or not bool(hidden.isfinite().all()):
+                raise problem(
+                    f"Cannot quantise layer {index}.",
+                    "What leaves it on the calibration samples: expected finite numbers, found "
+                    "NaN or infinity.",
+                    "Repair the checkpoint's weights, or take other samples.",
+                )
             prefix = _stored_prefix(stored, index)
             tensors = {prefix + name: tensor for name, tensor in result.tensors.items()}
             workspace.save_layer(index, tensors, result.report, hidden)

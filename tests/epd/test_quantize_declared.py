@@ -35,6 +35,8 @@ def test_gptq_versions_differ_in_their_zeros() -> None:
     versions = ({}, {"checkpoint_format": "gptq"}, {"checkpoint_format": "gptq_v2"})
     facts = [Quantization.from_config({"quant_method": "gptq", "bits": 4, **v}) for v in versions]
     assert [fact.zero_offset for fact in facts] == [1, 1, 0]
+    told = [{"quant_method": "gptq", "bits": 4, "desc_act": order} for order in (True, False)]
+    assert [Quantization.from_config(raw).act_order for raw in told] == [True, False]
 
 
 @pytest.mark.parametrize(

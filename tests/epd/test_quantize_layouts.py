@@ -31,12 +31,12 @@ def read(tmp_path: Path) -> Callable[..., Any]:
     """The stored layer that tensors of one make, as `[_N, _K]` or another shape."""
 
     def run(
-        tensors: dict[str, torch.Tensor], *, rows: int = _N, width: int = _K, zero_offset: int = 0
+        tensors: dict[str, torch.Tensor], *, rows: int = _N, width: int = _K, **told: Any
     ) -> Any:
         file = tmp_path / "model.safetensors"
         save_file({f"layer.{k}": v.contiguous() for k, v in tensors.items()}, file)
         card: Any = SimpleNamespace(path=tmp_path, name="tiny", entries=read_header(file))
-        facts = Quantization(method="any", scheme="w4a16", zero_offset=zero_offset)
+        facts = Quantization(method="any", scheme="w4a16", **told)
         with Checkpoint(card) as checkpoint:
             source = LayerSource(
                 checkpoint=checkpoint, prefix="layer", rows=rows, width=width, quantization=facts
@@ -275,6 +275,11 @@ def _own(**change: torch.Tensor) -> dict[str, torch.Tensor]:
 _SHUFFLED = torch.arange(_K).flip(0) // 128
 _REFUSED = {
     "act-order": (_gptq(g_idx=_SHUFFLED.int()), r"g_idx.*activation order"),
+    "packed act-order": (
+        {"weight_packed": _words((_codes() + 8).tolist()), "weight_scale": _scales(2),
+         "weight_g_idx": _SHUFFLED.int()},
+        r"weight_g_idx.*activation order",
+    ),
     "gptq groups": (
         _gptq(scales=_scales(3).t(), qzeros=_words([[8] * _N] * 3)),
         r"scales.*divides K = 256.*3 groups",
@@ -319,3 +324,10 @@ def test_what_is_refused_is_named(read: Callable[..., Any], case: str) -> None:
         read(tensors)
     assert re.search(named, str(raised.value), re.DOTALL), str(raised.value)
     assert str(raised.value).count("\n") == 2
+
+
+def test_a_declared_order_that_is_not_stored_is_refused(read: Callable[..., Any]) -> None:
+    natural = (torch.arange(_K) // 128).int()
+    assert read(_gptq(g_idx=natural), act_order=True).weight.group_size == 128
+    with pytest.raises(CheckpointError, match=r"layer\.g_idx: expected the order that desc_act"):
+        read(_gptq(), act_order=True)

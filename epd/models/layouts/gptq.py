@@ -19,6 +19,8 @@ __all__ = ["read"]
 
 def read(source: LayerSource) -> QuantWeight:
     """The canonical weight of a layer in this layout."""
+    if source.quantization.act_order and not source.has("g_idx"):
+        source.refuse("g_idx", "the order that desc_act declares", "none")
     source.natural_order_of("g_idx")
     rows, width = source.rows, source.width
     if width % 8 or rows % 8:
