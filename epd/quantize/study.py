@@ -1,6 +1,8 @@
 """What quantisation costs the built-in model: exact answers on held-out questions, per scheme.
 
 python -m epd.quantize.study --questions 170 --samples 32 -o docs/eval/quantize.csv
+
+Only the layers are quantised, unless a row says otherwise of KV, head or vision side.
 """
 
 from __future__ import annotations
@@ -35,26 +37,40 @@ if TYPE_CHECKING:
 __all__ = ["Answers", "Measured", "RememberedVision", "ask", "compare", "main"]
 
 _MAX_TOKENS = 48
-_CASES = (
-    QuantizeOptions(scheme="w4a16", nearest=True),
-    QuantizeOptions(scheme="w4a16"),
-    QuantizeOptions(scheme="qqq", nearest=True),
-    QuantizeOptions(scheme="qqq"),
-    QuantizeOptions(scheme="qqq", rotate=True),
-    QuantizeOptions(scheme="qqq", group_size=0, nearest=True),
-    QuantizeOptions(scheme="qqq", group_size=0),
-    QuantizeOptions(scheme="fireq", nearest=True),
-    QuantizeOptions(scheme="fireq"),
-    QuantizeOptions(scheme="fp8"),
-    QuantizeOptions(scheme="qqq", kv="int4", nearest=True),
-    QuantizeOptions(scheme="qqq", kv="int4"),
-    QuantizeOptions(scheme="fireq", kv="int4", nearest=True),
-    QuantizeOptions(scheme="fireq", kv="int4"),
-    QuantizeOptions(scheme="fireq", kv="int4", rotate=True),
+_LAYERS = tuple(
+    QuantizeOptions(head="bf16", **given)
+    for given in (
+        {"scheme": "w4a16", "nearest": True},
+        {"scheme": "w4a16"},
+        {"scheme": "qqq", "nearest": True},
+        {"scheme": "qqq"},
+        {"scheme": "qqq", "rotate": True},
+        {"scheme": "qqq", "group_size": 0, "nearest": True},
+        {"scheme": "qqq", "group_size": 0},
+        {"scheme": "fireq", "nearest": True},
+        {"scheme": "fireq"},
+        {"scheme": "fp8"},
+    )
 )
-_COLUMNS = ("scheme", "kv", "kv_fallbacks", "group_size", "method", "samples", "questions",
-            "correct", "accuracy", "same_tokens", "layer_output_error", "decoder_bytes",
-            "seed")  # fmt: skip
+_KV = tuple(
+    QuantizeOptions(head="bf16", kv="int4", **given)
+    for given in (
+        {"scheme": "qqq", "nearest": True},
+        {"scheme": "qqq"},
+        {"scheme": "fireq", "nearest": True},
+        {"scheme": "fireq"},
+        {"scheme": "fireq", "rotate": True},
+    )
+)
+_CASES = {
+    "layers": _LAYERS,
+    "kv": _KV,
+    "head": (QuantizeOptions(scheme="fireq", head="fp8"),),
+    "vision": (QuantizeOptions(scheme="fireq", head="fp8", vision=True),),
+}
+_COLUMNS = ("scheme", "kv", "kv_fallbacks", "head", "vision", "group_size", "method", "samples",
+            "questions", "correct", "accuracy", "same_tokens", "layer_output_error",
+            "vision_token_error", "decoder_bytes", "seed")  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +151,8 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--kv-only", action="store_true", help="only the cases with coded KV")
+    parser.add_argument("--only", nargs="+", choices=list(_CASES), default=list(_CASES))
+    parser.add_argument("--add", action="store_true", help="keep the rows that the file has")
     parser.add_argument("-o", "--out", type=Path, default=Path("docs/eval/quantize.csv"))
     given = parser.parse_args()
     examples = held_out(given.questions, given.seed)
@@ -144,24 +161,35 @@ def main() -> None:
     plain = ask(plain_llm, examples, vision)
     samples = calibration_samples("scenes", given.samples)
     given.out.parent.mkdir(parents=True, exist_ok=True)
+    kept = _kept(given.out) if given.add else []
     with given.out.open("w", newline="") as file, tempfile.TemporaryDirectory() as directory:
         table = csv.DictWriter(file, _COLUMNS, lineterminator="\n")
         table.writeheader()
+        table.writerows(kept)
         fixed = {"questions": given.questions, "seed": given.seed}
-        table.writerow({**fixed, **_row(plain, plain, examples), "scheme": "plain", "kv": "bf16"})
-        for kv in KV_CODED:
+        if not kept:
+            row = {**fixed, **_row(plain, plain, examples)}
+            table.writerow({**row, "scheme": "plain", "kv": KV_PLAIN})
+        for kv in KV_CODED if "kv" in given.only else ():
             llm = LLM(CHECKPOINT, device=given.device, config=EngineConfig(kv=kv))
             row = _row(ask(llm, examples, vision), plain, examples)
             table.writerow({**fixed, **row, "scheme": "plain", "kv": kv, "method": "nearest"})
-        for number, options in enumerate(_CASES):
-            if given.kv_only and options.kv == KV_PLAIN:
-                continue
+        for number, options in enumerate(case for name in given.only for case in _CASES[name]):
             out = Path(directory) / str(number)
             report = quantize_model(CHECKPOINT, out, options, samples=samples)
-            row = _row(ask(LLM(out, device=given.device), examples, vision), plain, examples)
+            seen = None if options.vision else vision
+            row = _row(ask(LLM(out, device=given.device), examples, seen), plain, examples)
             table.writerow({**fixed, **row, **_facts(report), "samples": given.samples})
             file.flush()
             print(json.dumps({**row, **_facts(report)}), flush=True)
+
+
+def _kept(file: Path) -> list[dict[str, Any]]:
+    """The rows of a table that is to be added to; none where there is none yet."""
+    if not file.is_file():
+        return []
+    with file.open(newline="") as opened:
+        return list(csv.DictReader(opened))
 
 
 def _row(answers: Answers, plain: Answers, examples: list[Example]) -> dict[str, Any]:
@@ -180,7 +208,9 @@ def _facts(report: dict[str, Any]) -> dict[str, Any]:
     return {
         "scheme": options["scheme"], "kv": options["kv"], "group_size": options["group_size"],
         "method": method + ("+rotation" if options["rotate"] else ""),
-        "layer_output_error": round(error / len(layers), 5),
+        "layer_output_error": round(error / len(layers), 5), "head": options["head"],
+        "vision": report["vision"] is not None,
+        "vision_token_error": report["vision"] and round(report["vision"]["token_error"], 5),
     }  # fmt: skip
 
 
