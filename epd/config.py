@@ -13,7 +13,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     `layer_pruning` names a method that prunes inside the decoder for requests that ask for it, and
     the layers after which it does ("adaptinfer", "adaptinfer:1,3,4"); None: no request may. `kv`
     is how keys and values are held: bf16 (the model's dtype), fp8, int4, or auto, which is what the
-    checkpoint was quantised for.
+    checkpoint was quantised for. On a GPU decode steps are replayed as CUDA graphs, unless
+    `cuda_graphs` is off, within `graph_memory_bytes`.
     """
 
     block_size: int = 16
@@ -26,3 +27,5 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     chunked_prefill: bool = True
     layer_pruning: str | None = None
     kv: str = "auto"
+    cuda_graphs: bool = True
+    graph_memory_bytes: int = 1 << 30

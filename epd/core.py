@@ -7,11 +7,13 @@ and `import_kv`, with KV that another core computed (`offer`, `export_kv`, `rele
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import structlog
 
+from epd.decode_graphs import DecodeGraphs
 from epd.errors import DeadlineError, EPDError, InvalidRequestError, WireError
+from epd.graphs import default_recorder
 from epd.intake import take_in
 from epd.kv.blocks import BlockManager
 from epd.kv.gate import choose_formats
@@ -21,7 +23,7 @@ from epd.models.layer_pruning import check_layer_pruner, resolve_layer_pruner
 from epd.request import FinishReason
 from epd.runner import ModelRunner
 from epd.scheduler import Chunk, Scheduler
-from epd.sequence import Sequence, SequenceState
+from epd.sequence import Sequence, SequenceState, prefill_done, sequence_failure
 from epd.step import (
     CoreStats,
     KeptTokens,
@@ -31,6 +33,7 @@ from epd.step import (
     SequenceToken,
     StepResult,
 )
+from epd.warm_up import warm_prompts
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -39,6 +42,7 @@ if TYPE_CHECKING:
     import torch
 
     from epd.config import EngineConfig
+    from epd.graphs import Recorder
     from epd.models.card import ModelCard
     from epd.models.decoder import Decoder
     from epd.request import TokenOutput
@@ -63,6 +67,7 @@ class EngineCore:
 
     `layer_pruner`, or the one that `config.layer_pruning` names, prunes inside the decoder for
     requests that ask for it; its layers say where layer groups end. `ConfigError` if it cannot.
+    `recorder` repeats decode steps, on a GPU by default as CUDA graphs. Call `warm_up` before use.
     """
 
     def __init__(
@@ -75,6 +80,7 @@ class EngineCore:
         clock: Callable[[], float] = time.monotonic,
         layer_group: tuple[int, ...] | None = None,
         layer_pruner: LayerPruner | None = None,
+        recorder: Recorder | None = None,
     ) -> None:
         shape = decoder.config
         layers = shape.num_layers
@@ -95,16 +101,13 @@ class EngineCore:
             vocab_size=shape.vocab_size, max_position=card.max_position, layer_group=groups,
             kv_formats=formats,
         )  # fmt: skip
-        block_bytes = KVPool.block_bytes(
-            layers, block_size=config.block_size, num_kv_heads=shape.num_kv_heads,
-            head_dim=shape.head_dim, dtype=decoder.dtype, formats=formats,
-        )  # fmt: skip
+        sizes: dict[str, Any] = {
+            "block_size": config.block_size, "num_kv_heads": shape.num_kv_heads,
+            "head_dim": shape.head_dim, "dtype": decoder.dtype, "formats": formats,
+        }  # fmt: skip
+        block_bytes = KVPool.block_bytes(layers, **sizes)
         num_blocks = config.num_blocks or max(1, config.kv_memory_bytes // block_bytes)
-        self.pool = KVPool(
-            layers, num_blocks=num_blocks, block_size=config.block_size,
-            num_kv_heads=shape.num_kv_heads, head_dim=shape.head_dim, dtype=decoder.dtype,
-            device=device, formats=formats,
-        )  # fmt: skip
+        self.pool = KVPool(layers, num_blocks=num_blocks, device=device, **sizes)
         self.blocks = BlockManager(
             num_blocks, config.block_size, num_groups=self.facts.num_groups,
             prefix_cache=config.prefix_cache,
@@ -112,10 +115,25 @@ class EngineCore:
         self._scheduler = Scheduler(
             config, self.blocks, max_model_len=card.max_position, clock=clock
         )
+        recorder = recorder or default_recorder(device, graphs=config.cuda_graphs)
+        self._graphs: DecodeGraphs | None = None
+        if recorder is not None:
+            self._graphs = DecodeGraphs(
+                decoder, self.pool, recorder, layer_group=groups, max_model_len=self.max_model_len,
+                max_num_seqs=config.max_num_seqs,
+            )  # fmt: skip
         self._runner = ModelRunner(
-            decoder, self.pool, layer_group=groups, device=device, layer_pruner=layer_pruner
-        )
+            decoder, self.pool, layer_group=groups, device=device, layer_pruner=layer_pruner,
+            graphs=self._graphs,
+        )  # fmt: skip
+        self._config = config
         self._clock = clock
+
+    def warm_up(self) -> None:
+        """Compile and record what steps need; nothing on a CPU. No request may be here yet."""
+        if self._graphs is not None:
+            self._graphs.record(self._config.graph_memory_bytes)
+            warm_prompts(self._runner, self._config, self.facts, self.layer_pruner)
 
     @property
     def max_model_len(self) -> int:
@@ -152,7 +170,7 @@ class EngineCore:
         for sequence in plan.expired:
             error = DeadlineError("the deadline passed before the request could start")
             self._runner.drop_vision(sequence.request_id)
-            result.failed.append(_failure(sequence, error))
+            result.failed.append(sequence_failure(sequence, error))
         result.evicted += [sequence.request_id for sequence in plan.evicted]
         for chunk, outcome in self._run(plan.chunks):
             if isinstance(outcome, Exception):
@@ -292,7 +310,7 @@ class EngineCore:
         sequence.tokens.append(output.token_id)
         if not sequence.prefilled:
             sequence.prefilled = True
-            result.prefilled.append(self._prefill_done(sequence))
+            result.prefilled.append(prefill_done(sequence, self._clock()))
         reason = self._finish_reason(sequence)
         token = SequenceToken(sequence.request_id, sequence.attempt, output, reason)
         result.tokens.append(token)
@@ -314,21 +332,10 @@ class EngineCore:
         full = len(sequence.tokens) >= self.max_model_len
         return FinishReason.LENGTH if full or sequence.end_pos >= self.facts.max_position else None
 
-    def _prefill_done(self, sequence: Sequence) -> PrefillDone:
-        assert sequence.started_at is not None
-        return PrefillDone(
-            request_id=sequence.request_id, attempt=sequence.attempt,
-            prompt_tokens=sequence.num_prompt, image_tokens=sequence.image_tokens,
-            cached_tokens=sequence.num_cached,
-            queue_seconds=sequence.started_at - sequence.arrived_at,
-            prefill_seconds=self._clock() - sequence.started_at,
-            image_tokens_before=sequence.image_tokens_before,
-        )  # fmt: skip
-
     def _fail(self, sequence: Sequence, error: Exception, result: StepResult) -> None:
         _log.error("failed", request_id=sequence.request_id, error=type(error).__name__)
         self._remove(sequence, forget=True)
-        result.failed.append(_failure(sequence, error))
+        result.failed.append(sequence_failure(sequence, error))
 
     def _remove(self, sequence: Sequence, *, forget: bool = False) -> None:
         self._scheduler.remove(sequence, forget=forget)
@@ -337,12 +344,3 @@ class EngineCore:
 
 def _finite(output: TokenOutput | None) -> TokenOutput | Exception:
     return EPDError("the model gave no finite prediction") if output is None else output
-
-
-def _failure(sequence: Sequence, error: Exception) -> SequenceFailure:
-    known = isinstance(error, EPDError)
-    return SequenceFailure(
-        sequence.request_id, sequence.attempt,
-        error.code if isinstance(error, EPDError) else "internal_error",
-        str(error) if known else "the model failed on this request",
-    )  # fmt: skip

@@ -104,6 +104,7 @@ class LLM:
             self.vision = VisionEncoder.random(self.card, device, dtype, random_seed)
             decoder = Decoder.random(self.card.text, device, dtype, random_seed)
         self.core = EngineCore(decoder, self.card, config=self.config, device=device)
+        self.core.warm_up()
         self._selector = TokenSelector(QueryEncoder(self.card, decoder))
         self._count = 0
 

@@ -15,24 +15,14 @@ import torch
 from epd.models.context import ForwardContext, Tap
 from epd.models.decoder import Decoder, Stream
 from epd.scheduler import Chunk
+from epd.staging import send
 from epd_kernels.text_votes import Span, Spans
 from epd_pruning.layer_base import LayerBatch, LayerPruner, rater_shares
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from typing import Any
 
-    HostArray = np.ndarray[Any, np.dtype[np.int64 | np.int32 | np.bool_]]
-
-__all__ = ["LayerStages", "send"]
-
-
-def send(array: HostArray, device: torch.device) -> torch.Tensor:
-    """`array` on `device`, without waiting for it."""
-    tensor = torch.from_numpy(array)
-    if device.type == "cuda":  # from pinned memory the copy does not wait for the GPU
-        return tensor.pin_memory().to(device, non_blocking=True)
-    return tensor
+__all__ = ["LayerStages"]
 
 
 @dataclass(slots=True)

@@ -5,13 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import Enum, auto
 
-from epd.errors import InvalidRequestError
+from epd.errors import EPDError, InvalidRequestError
 from epd.kv.blocks import BlockTable, ImageSpan
 from epd.request import SamplingParams
-from epd.step import KeptTokens
+from epd.step import KeptTokens, PrefillDone, SequenceFailure
 from epd_pruning.schedule import Schedule
 
-__all__ = ["Sequence", "SequenceState", "expand_images", "place_kept"]
+__all__ = [
+    "Sequence", "SequenceState", "expand_images", "place_kept", "prefill_done", "sequence_failure",
+]  # fmt: skip
 
 
 class SequenceState(Enum):
@@ -114,6 +116,29 @@ class Sequence:
         """Forget everything computed, so that all tokens are computed again."""
         self.move_to(0)
         self.state = SequenceState.WAITING
+
+
+def prefill_done(sequence: Sequence, now: float) -> PrefillDone:
+    """What is told of a prompt that was computed by `now`."""
+    assert sequence.started_at is not None
+    return PrefillDone(
+        request_id=sequence.request_id, attempt=sequence.attempt,
+        prompt_tokens=sequence.num_prompt, image_tokens=sequence.image_tokens,
+        cached_tokens=sequence.num_cached,
+        queue_seconds=sequence.started_at - sequence.arrived_at,
+        prefill_seconds=now - sequence.started_at,
+        image_tokens_before=sequence.image_tokens_before,
+    )  # fmt: skip
+
+
+def sequence_failure(sequence: Sequence, error: Exception) -> SequenceFailure:
+    """What is told of a request that ended in `error`; of an unknown one nothing but that."""
+    known = isinstance(error, EPDError)
+    return SequenceFailure(
+        sequence.request_id, sequence.attempt,
+        error.code if isinstance(error, EPDError) else "internal_error",
+        str(error) if known else "the model failed on this request",
+    )  # fmt: skip
 
 
 def expand_images(

@@ -94,6 +94,10 @@ class Settings(GatewaySettings):
     layer_pruning: str | None = Field(
         None, description="prune inside the decoder: adaptinfer[:LAYERS]"
     )
+    cuda_graphs: bool = Field(True, description="on a GPU, replay decode steps as CUDA graphs")
+    graph_memory_bytes: int = Field(
+        1024 * MiB, ge=0, description="limit of what CUDA graphs take; further steps run eagerly"
+    )
 
     elastic: bool = Field(
         False, description="move workers between the stages as the load asks for it"

@@ -120,6 +120,7 @@ class ModelLoader:
                 self._core = EngineCore(
                     decoder, self._card, config=self._config, device=self._device
                 )
+                self._core.warm_up()
         if _QUERIES in needed and self._selector is None:
             self._selector = TokenSelector(self._have(_QUERIES).value)
         self._check_pruning()
