@@ -60,10 +60,13 @@ def run_offline_bench(
     workload: Workload | None = None,
     out: Path | None = None,
     kv: str = "auto",
+    quantize: str | None = None,
+    cuda_graphs: bool = True,
 ) -> list[Row]:
     """The rows of one run, also printed and, with `out`, written as CSV. Raises `EPDError`.
 
-    `kv` is how keys and values are held, as `epd serve --kv` takes it.
+    `kv` is how keys and values are held, as `epd serve --kv` takes it; `quantize` a scheme that
+    the random weights are rounded to. Without `cuda_graphs` decode steps are launched one by one.
     """
     from epd_services.offline_pipeline import OfflinePipeline, Sizes
 
@@ -75,19 +78,22 @@ def run_offline_bench(
         sizes = Sizes(
             text_tokens=work.text_tokens,
             max_num_seqs=work.requests,
-            longest_output=max(*work.outputs, work.decode_steps + 16),
+            longest_output=max([*work.outputs, work.decode_steps + 16]),
         )
         pipeline = OfflinePipeline(
-            config_dir, device=device, dtype=kind, seed=seed, sizes=sizes, kv=kv
-        )
+            config_dir, device=device, dtype=kind, seed=seed, sizes=sizes, kv=kv, scheme=quantize,
+            cuda_graphs=cuda_graphs,
+        )  # fmt: skip
         results = _measure(pipeline, work, advance)
         advance(work.measurements + 1, "done")
-    command = _command(config_dir) if kv == "auto" else _module_command(config_dir, kv)
+    command = _command(config_dir, kv, quantize)
     facts = machine(command=command, device=device) | {
         "model": config_dir.resolve().name,
         "dtype": str(kind).removeprefix("torch."),
         "weight_bytes": pipeline.weight_bytes,
+        "quantize": quantize or "",
         "kv": kv,
+        "cuda_graphs": int(cuda_graphs and device.startswith("cuda")),
         "kv_blocks": pipeline.core.stats().blocks_total,
     }
     rows = [facts | row for row in results]
@@ -99,7 +105,7 @@ def run_offline_bench(
 
 def run_from_cli(
     config_dir: Path, *, random_weights: bool, out: Path | None, device: str | None,
-    dtype: str | None, seed: int,
+    dtype: str | None, seed: int, kv: str | None = None, quantize: str | None = None,
 ) -> None:  # fmt: skip
     """What `epd bench --offline` does. Raises `EPDError`."""
     if not random_weights:
@@ -109,8 +115,9 @@ def run_from_cli(
             f"{_command(config_dir)}"
         )
     run_offline_bench(
-        config_dir, device=device or "auto", dtype=dtype or "auto", seed=seed, out=out
-    )
+        config_dir, device=device or "auto", dtype=dtype or "auto", seed=seed, out=out,
+        kv=kv or "auto", quantize=quantize,
+    )  # fmt: skip
 
 
 def device_and_dtype(device: str, dtype: str) -> tuple[str, torch.dtype]:
@@ -197,20 +204,20 @@ def _row(metric: str, value: float, unit: str, **facts: int) -> Row:
     return {"metric": metric, **empty, **facts, "value": value, "unit": unit}
 
 
-def _command(config_dir: Path) -> str:
-    return f"epd bench --offline {config_dir} --random-weights"
-
-
-def _module_command(config_dir: Path, kv: str) -> str:
-    return f"python -m epd_services.offline_bench {config_dir} --kv {kv}"
+def _command(config_dir: Path, kv: str = "auto", quantize: str | None = None) -> str:
+    words = ["epd bench --offline", str(config_dir), "--random-weights"]
+    words += ["--quantize", quantize] if quantize else []
+    words += ["--kv", kv] if kv != "auto" else []
+    return " ".join(words)
 
 
 def _print(rows: list[Row], seconds: float) -> None:
     facts = rows[0]
+    weights = f"{facts['quantize']} weights" if facts["quantize"] else facts["dtype"]
     versions = ", ".join(f"{name} {facts[name]}" for name in ("torch", "triton", "transformers"))
     print(
-        f"\n{facts['model']}, random weights, {facts['dtype']}, {facts['device']} ({versions}), "
-        f"{facts['date']} UTC, {seconds:.0f} s in all\n"
+        f"\n{facts['model']}, random weights, {weights}, KV {facts['kv']}, {facts['device']} "
+        f"({versions}), {facts['date']} UTC, {seconds:.0f} s in all\n"
     )
     print(markdown(rows, _COLUMNS), flush=True)
 
@@ -225,13 +232,20 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--kv", default="auto")
+    parser.add_argument("--quantize")
+    parser.add_argument("--no-cuda-graphs", action="store_true")
+    parser.add_argument("--short", action="store_true", help="64 decode steps and no burst")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--requests", type=int, default=Workload().requests)
     given = parser.parse_args(arguments)
+    work = Workload(requests=given.requests)
+    if given.short:
+        work = Workload(repeats=3, decode_steps=64, requests=32, outputs=())
     try:
         run_offline_bench(
             given.config_dir, device=given.device, dtype=given.dtype, seed=given.seed,
-            workload=Workload(requests=given.requests), out=given.out, kv=given.kv,
+            workload=work, out=given.out, kv=given.kv, quantize=given.quantize,
+            cuda_graphs=not given.no_cuda_graphs,
         )  # fmt: skip
     except EPDError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -18,11 +18,12 @@ import torch
 
 from epd.config import EngineConfig
 from epd.core import EngineCore, NewSequence
-from epd.errors import EPDError
+from epd.errors import ConfigError, EPDError
 from epd.kv.gate import choose_formats
 from epd.kv.pool import KVPool
 from epd.models.card import ModelCard
 from epd.models.decoder import Decoder
+from epd.models.quantization import SCHEMES
 from epd.models.vision import VisionEncoder
 from epd.request import SamplingParams
 from epd.step import StepResult
@@ -64,26 +65,34 @@ class OfflinePipeline:
 
     def __init__(
         self, config_dir: Path, *, device: str, dtype: torch.dtype, seed: int, sizes: Sizes,
-        kv: str = "auto",
+        kv: str = "auto", scheme: str | None = None, cuda_graphs: bool = True,
     ) -> None:  # fmt: skip
+        """`scheme` rounds the decoder's weights. Raises `ConfigError` for one that does not exist.
+
+        Ready to be measured: everything is compiled, and recorded with `cuda_graphs`.
+        """
+        if scheme is not None and scheme not in SCHEMES:
+            known = ", ".join(SCHEMES)
+            raise ConfigError(f"quantize must be one of {known}, not {scheme[:60]!r}")
         self.card = ModelCard.load(config_dir, weights=False)
         self.device = torch.device(device)
         self.sizes = sizes
         self._rng = np.random.default_rng(seed)
         self._names = (f"request-{number}" for number in itertools.count())
         self.encoder = VisionEncoder.random(self.card, device, dtype, seed)
-        self.decoder = Decoder.random(self.card.text, device, dtype, seed)
+        self.decoder = Decoder.random(self.card.text, device, dtype, seed, scheme=scheme)
         self.image_tokens = self.encoder.num_tokens(_PICTURE[1], _PICTURE[0])
         self.core = EngineCore(
-            self.decoder, self.card, config=self._config(dtype, kv), device=self.device
+            self.decoder, self.card, config=self._config(dtype, kv, cuda_graphs), device=self.device
         )
+        self.core.warm_up()
 
     @property
     def weight_bytes(self) -> int:
         """Bytes that the weights of both halves hold."""
         return self.encoder.resident_bytes() + self.decoder.resident_bytes()
 
-    def _config(self, dtype: torch.dtype, kv: str) -> EngineConfig:
+    def _config(self, dtype: torch.dtype, kv: str, cuda_graphs: bool) -> EngineConfig:
         """A KV pool for every sequence at its longest, or as much of it as there is memory for."""
         text = self.card.text
         formats, _ = choose_formats(self.decoder, self.card, kv)
@@ -99,6 +108,7 @@ class OfflinePipeline:
         return EngineConfig(
             block_size=_BLOCK, num_blocks=max(wanted, 2), max_num_seqs=self.sizes.max_num_seqs,
             max_batched_tokens=self.sizes.max_batched_tokens, prefix_cache=False, kv=kv,
+            cuda_graphs=cuda_graphs,
         )  # fmt: skip
 
     def pictures(self, count: int) -> list[Image]:

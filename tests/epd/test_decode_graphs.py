@@ -145,7 +145,7 @@ def test_handed_over_requests_go_on_in_recordings(
     giver, taker = build(Spoiled()), build(recorder := Spoiled(), max_num_seqs=3)
     for name in ("one", "text", "gaps"):
         giver.add(layer_bench.sequence(name, handoff=True), layer_bench.vision(name))
-    found = {}
+    found: dict[str, list[int]] = {}
     while giver.has_work():
         result = giver.step()
         found |= {token.request_id: [token.output.token_id] for token in result.tokens}

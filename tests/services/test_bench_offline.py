@@ -130,6 +130,34 @@ def test_the_pool_is_sized_for_how_kv_is_held(
     assert len(pipeline.decode_seconds(1, steps=2)) == 2
 
 
+@pytest.mark.parametrize("scheme", ["w4a8-fp8", "w4a16", "fp8"])
+def test_rounded_weights_are_smaller_and_rows_say_so(
+    config_dir: Path, scheme: str, tmp_path: Path
+) -> None:
+    work = Workload(
+        image_counts=(), batches=(2,), decode_steps=3, requests=2, outputs=(), text_tokens=8
+    )
+    out = tmp_path / "rounded.csv"
+    rows, plain = (
+        run_offline_bench(config_dir, device="cpu", workload=work, out=out, kv="int4",
+                          quantize=asked)
+        for asked in (scheme, None)
+    )  # fmt: skip
+    assert [row["batch"] for row in rows] == [2, 2]
+    for row in rows:
+        assert (row["quantize"], row["kv"], row["cuda_graphs"]) == (scheme, "int4", 0)
+        assert row["command"].endswith(f"--quantize {scheme} --kv int4")
+    saved = plain[0]["weight_bytes"] - rows[0]["weight_bytes"]
+    # fp32 layers of 4 * 64 * 64 + 3 * 64 * 96 weights, less codes, scales and padding to 128 inputs
+    weights = 2 * (4 * 64 * 64 + 3 * 64 * 96)
+    assert weights * (4 - 1.2) < saved < weights * (4 - 0.5)
+
+
+def test_an_unknown_scheme_is_an_error(config_dir: Path) -> None:
+    with pytest.raises(ConfigError, match="quantize must be one of w4a16"):
+        run_offline_bench(config_dir, device="cpu", workload=TINY, quantize="int3")
+
+
 def test_it_needs_neither_network_nor_settings() -> None:
     code = (
         "import sys, epd_services.offline_bench, epd_services.offline_pipeline\n"

@@ -204,6 +204,11 @@ def bench(
         Path | None, typer.Option(metavar="CONFIG_DIR", help="One process, no network.")
     ] = None,
     random_weights: Annotated[bool, typer.Option("--random-weights")] = False,
+    quantize_to: Annotated[
+        str | None,
+        typer.Option("--quantize", help="Offline: w4a8-fp8, w4a8-int8, w4a16 or fp8."),
+    ] = None,
+    kv: KV = None,
     out: Annotated[Path | None, typer.Option(help="CSV file for the rows.")] = None,
     device: Device = None,
     dtype: Dtype = None,
@@ -224,8 +229,9 @@ def bench(
     """Measure the services of this machine beside transformers, or (--offline) the engine alone."""
     if offline is not None:
         _lazy("offline_bench", "run_from_cli")(
-            offline, random_weights=random_weights, out=out, device=device, dtype=dtype, seed=seed
-        )
+            offline, random_weights=random_weights, out=out, device=device, dtype=dtype, seed=seed,
+            kv=kv, quantize=quantize_to,
+        )  # fmt: skip
         return
     given = {"output_tokens": output_tokens, "repeat_images": repeat_images, "seed": seed,
              "out": out, "device": device, "dtype": dtype}  # fmt: skip
