@@ -1,9 +1,10 @@
 """From logits to tokens: greedy, temperature, top-k, top-p, min-p, penalties, log-probabilities.
 
-The filters apply in the order penalties, temperature, top-k, top-p, min-p, each to what the ones
-before it left. A draw inverts the cumulative distribution of the kept tokens, most likely first, at
-a uniform number that depends on nothing but the request's seed and the token's index: the same
-request draws the same tokens on any worker, in any batch and in any attempt.
+Penalties change the logits, `epd_kernels.draw_tokens` does the rest: the order is temperature,
+top-k, top-p, min-p, each applied to what the ones before it left, and a draw inverts the cumulative
+distribution of the kept tokens, most likely first, at a uniform number that depends on nothing but
+the request's seed and the token's index: the same request draws the same tokens on any worker, in
+any batch and in any attempt.
 Log-probabilities are those of the model itself, before penalties and temperature.
 """
 
@@ -14,9 +15,12 @@ from dataclasses import dataclass
 from hashlib import blake2b
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
 from epd.request import SamplingParams, TokenOutput
+from epd.staging import send_all
+from epd_kernels.sampling import draw_tokens, keep_counts
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -48,19 +52,19 @@ def uniform(seed: int, index: int) -> float:
 def sample(logits: torch.Tensor, rows: Sequence[SampleRow]) -> list[TokenOutput | None]:
     """The next token of each row of fp32 `logits` [S, vocab]; None where a row is not finite.
 
-    `logits` may be modified. One transfer from the device when no row asks for log-probabilities.
+    `logits` may be modified. The ids are read back once. Nothing is sent where all rows are greedy
+    without penalties, and one small array where some are drawn.
     """
     wanted = [i for i, row in enumerate(rows) if row.params.logprobs is not None]
     logprobs = torch.log_softmax(_pick(logits, wanted), dim=-1) if wanted else None
     penalised = [i for i, row in enumerate(rows) if _has_penalty(row.params)]
     if penalised:
         apply_penalties(logits, rows, penalised)
-    best, ids = logits.max(dim=-1)
-    drawn = [i for i, row in enumerate(rows) if row.params.temperature > 0.0]
-    if drawn:
-        index = torch.tensor(drawn, device=ids.device)
-        ids = ids.index_copy(0, index, _draw(_pick(logits, drawn), [rows[i] for i in drawn]))
-    chosen = torch.where(best.isfinite(), ids, -1).tolist()
+    if any(row.params.temperature > 0.0 for row in rows):
+        chosen = draw_tokens(logits, **_parameters(rows, logits.device)).tolist()
+    else:
+        best, ids = logits.max(dim=-1)
+        chosen = torch.where(best.isfinite(), ids, -1).tolist()
     outputs = [
         TokenOutput(row.index, token) if token >= 0 else None
         for row, token in zip(rows, chosen, strict=True)
@@ -113,44 +117,15 @@ def apply_penalties(logits: torch.Tensor, rows: Sequence[SampleRow], chosen: Seq
     logits[at[0], at[1]] = values
 
 
-def keep_counts(
-    probs: torch.Tensor, *, top_k: torch.Tensor, top_p: torch.Tensor, min_p: torch.Tensor
-) -> torch.Tensor:
-    """How many of the descending `probs` [S, vocab] each row keeps, at least 1. int64 [S].
-
-    top-k keeps k tokens (0: all); top-p the shortest prefix whose share of the top-k mass reaches
-    p (arXiv 1904.09751); min-p the tokens of at least p times the best (arXiv 2407.01082).
-    """
-    vocab = probs.shape[-1]
-    by_k = torch.where(top_k > 0, top_k.clamp(max=vocab), vocab)
-    rank = torch.arange(vocab, device=probs.device)
-    probs = probs.masked_fill(rank >= by_k[:, None], 0.0)
-    before = probs.cumsum(-1) - probs
-    mass = probs.sum(-1, keepdim=True)
-    by_p = torch.where(top_p < 1.0, (before < top_p[:, None] * mass).sum(-1), vocab)
-    by_min = (probs >= min_p[:, None] * probs[:, :1]).sum(-1)
-    return torch.minimum(torch.minimum(by_k, by_p), by_min).clamp(min=1)
-
-
-def _draw(logits: torch.Tensor, rows: Sequence[SampleRow]) -> torch.Tensor:
-    """One token id per row by inversion, in fp64 so that devices agree on the draw."""
-    table = torch.tensor(
-        [
-            [p.temperature, p.top_k, p.top_p, p.min_p, uniform(p.seed, row.index)]
-            for row in rows
-            for p in (row.params,)
-        ],
-        dtype=torch.float64,
-        device=logits.device,
-    )
-    temperature, top_k, top_p, min_p, point = table.unbind(1)
-    scores, order = logits.sort(dim=-1, descending=True, stable=True)
-    probs = torch.softmax(scores.double() / temperature[:, None], dim=-1)
-    kept = keep_counts(probs, top_k=top_k.long(), top_p=top_p, min_p=min_p)
-    mass = probs.cumsum(-1)
-    target = point[:, None] * mass.gather(1, kept[:, None] - 1)
-    place = torch.minimum((mass <= target).sum(-1), kept - 1)
-    return order.gather(1, place[:, None]).squeeze(1)
+def _parameters(rows: Sequence[SampleRow], device: torch.device) -> dict[str, torch.Tensor]:
+    """What `draw_tokens` takes beside the logits, fp64 `[S]` each, sent together."""
+    table = np.array([
+        (p.temperature, p.top_k, p.top_p, p.min_p, uniform(p.seed, row.index))
+        for row in rows
+        for p in (row.params,)
+    ])  # fmt: skip
+    names = ("temperature", "top_k", "top_p", "min_p", "points")
+    return dict(zip(names, send_all(list(table.T), device), strict=True))
 
 
 def _add_logprobs(

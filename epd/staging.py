@@ -22,7 +22,7 @@ __all__ = ["Layout", "send", "send_all"]
 _ALIGNMENT = 16
 _DTYPES = {
     np.dtype(np.int64): torch.int64, np.dtype(np.int32): torch.int32,
-    np.dtype(np.bool_): torch.bool,
+    np.dtype(np.float64): torch.float64, np.dtype(np.bool_): torch.bool,
 }  # fmt: skip
 
 

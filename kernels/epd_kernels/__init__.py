@@ -27,6 +27,7 @@ from .paged_attention import paged_attention, paged_attention_ref
 from .quantized_attention import quantized_attention, quantized_attention_ref
 from .quantized_store import HeadNorms, rope_store_kv, rope_store_kv_ref
 from .rope import apply_rope, apply_rope_ref
+from .sampling import draw_tokens, draw_tokens_ref
 from .silu_mul import silu_mul, silu_mul_ref
 from .w4_dequant import dequantize_fp8, dequantize_fp8_ref, w4a8_fp8_large
 from .w4_gemm import w4_gemm, w4_gemm_ref
@@ -52,6 +53,8 @@ __all__ = [
     "dequantize_fp8",
     "dequantize_fp8_ref",
     "dequantize_kv",
+    "draw_tokens",
+    "draw_tokens_ref",
     "embed_tokens",
     "embed_tokens_ref",
     "group_sums",

@@ -19,6 +19,7 @@ BENCH = Path(__file__).parents[2] / "kernels" / "bench"
         ("bench_attention", 3),
         ("bench_kv_attention", 12),
         ("bench_selection", 2),
+        ("bench_sampling", 3),
         ("bench_cpu_linear", 8),
     ],
 )
