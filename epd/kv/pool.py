@@ -37,15 +37,21 @@ class _PlainLayer:
 
 
 class _CodedLayer:
-    """K and V in codes, and a scale per token and KV head beside them."""
+    """K and V in codes, and a scale per token and KV head beside them.
+
+    In memory a block holds one head after the other, each with all its rows: a program of attention
+    reads one head, and the scales of eight rows then share a sector of 32 bytes.
+    """
 
     moved_dtype = torch.uint8
 
     def __init__(self, shape: tuple[int, ...], target: KVFormat, device: torch.device) -> None:
         self._width = target.width(shape[-1])
-        size = (*shape[:-1], self._width)
-        self._codes = torch.zeros(size, dtype=torch.uint8, device=device)
-        self._scales = torch.zeros(shape[:-1], dtype=torch.float32, device=device)
+        both, num_blocks, self._block_size, heads, _ = shape
+        size = (both, num_blocks, heads, self._block_size)
+        codes = torch.zeros((*size, self._width), dtype=torch.uint8, device=device)
+        scales = torch.zeros(size, dtype=torch.float32, device=device)
+        self._codes, self._scales = codes.transpose(2, 3), scales.transpose(2, 3)
         codes = self._codes.view(target.dtype)
         self.caches: tuple[Cache, Cache] = (
             QuantKV(codes[0], self._scales[0]), QuantKV(codes[1], self._scales[1])
@@ -58,14 +64,18 @@ class _CodedLayer:
 
     def gather(self, slots: torch.Tensor) -> torch.Tensor:
         """Codes and the bytes of their scale, side by side."""
-        codes = self._codes.flatten(1, 2).index_select(1, slots)
-        scales = self._scales.flatten(1, 2).index_select(1, slots)
+        block, row = self._places(slots)
+        codes, scales = self._codes[:, block, row], self._scales[:, block, row]
         return torch.cat((codes, scales[..., None].view(torch.uint8)), dim=-1)
 
     def scatter(self, slots: torch.Tensor, rows: torch.Tensor) -> None:
-        codes, scales = rows[..., : self._width], rows[..., self._width :].contiguous()
-        self._codes.flatten(1, 2).index_copy_(1, slots, codes)
-        self._scales.flatten(1, 2).index_copy_(1, slots, scales.view(torch.float32)[..., 0])
+        block, row = self._places(slots)
+        scales = rows[..., self._width :].contiguous().view(torch.float32)
+        self._codes[:, block, row] = rows[..., : self._width]
+        self._scales[:, block, row] = scales[..., 0]
+
+    def _places(self, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return slots // self._block_size, slots % self._block_size
 
 
 class KVPool:

@@ -108,4 +108,6 @@ def store_kernels() -> dict[str, dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    json.dump(attention_kernels() | widening_kernels() | store_kernels() | score_kernels(), sys.stdout)
+    json.dump(
+        attention_kernels() | widening_kernels() | store_kernels() | score_kernels(), sys.stdout
+    )
