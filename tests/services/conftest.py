@@ -10,11 +10,11 @@ import json
 import socket
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import httpx
 import openai
@@ -266,7 +266,26 @@ async def role_world(**stages: str) -> AsyncIterator[World]:
             await listening
 
 
-@pytest.fixture
-def world() -> Callable[..., Any]:
-    """A context manager: the gateway's core among scripted workers, on a clock of its own."""
-    return role_world
+class Worlds:
+    """Makes worlds, and runs what happens in one."""
+
+    four: ClassVar = {"e": "E", "p": "P", "d": "D", "d2": "D"}
+
+    def __call__(self, **stages: str) -> AbstractAsyncContextManager[World]:
+        """A world of workers by name; without any, of the usual four."""
+        return role_world(**(stages or self.four))
+
+    def run(self, work: Coroutine[Any, Any, None]) -> None:
+        """Await `work`, for 20 seconds at most."""
+
+        async def bounded() -> None:
+            async with asyncio.timeout(20):
+                await work
+
+        asyncio.run(bounded())
+
+
+@pytest.fixture(scope="session")
+def world() -> Worlds:
+    """The gateway's core among scripted workers, on a clock of its own."""
+    return Worlds()

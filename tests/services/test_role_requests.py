@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine
 from typing import Any
 
 import pytest
@@ -22,25 +21,11 @@ from epd.messages import (
     Tokens,
 )
 from epd.request import TokenOutput
-from epd.roles import parse_stages
 from epd_services.gateway.dispatch_api import Generation
 from epd_services.gateway.refusals import (
     LastWorkerError,
     UnknownWorkerError,
 )
-
-E, P, D, PD, EPD = map(parse_stages, ("E", "P", "D", "PD", "EPD"))
-
-
-def run(work: Coroutine[Any, Any, None]) -> None:
-    async def bounded() -> None:
-        async with asyncio.timeout(20):
-            await work
-
-    asyncio.run(bounded())
-
-
-FOUR = {"e": "E", "p": "P", "d": "D", "d2": "D"}
 
 
 async def decoding(w: Any, name: str = "q", worker: str = "d") -> Generation:
@@ -78,7 +63,7 @@ async def answer(generation: Generation) -> list[int]:
 
 def test_running_answers_move_and_their_tokens_come_once_and_in_order(world: Any) -> None:
     async def check() -> None:
-        async with world(**FOUR) as w:
+        async with world() as w:
             generation = await decoding(w)
             record = w.switch("d", "P")
             assert record.moved == 1
@@ -94,7 +79,7 @@ def test_running_answers_move_and_their_tokens_come_once_and_in_order(world: Any
             assert w.dispatcher.counters["retries"] == 0
             assert w.dispatcher.counters["moved"] == 1
 
-    run(check())
+    world.run(check())
 
 
 @pytest.mark.parametrize("victim", ["d", "d2"])
@@ -102,7 +87,7 @@ def test_losing_either_side_of_a_move_starts_the_answer_again_from_its_tokens(
     world: Any, victim: str
 ) -> None:
     async def check() -> None:
-        async with world(**FOUR) as w:
+        async with world() as w:
             generation = await decoding(w)
             await w.join(d3="D")
             w.switch("d", "P")
@@ -116,12 +101,12 @@ def test_losing_either_side_of_a_move_starts_the_answer_again_from_its_tokens(
             await w.settle()
             assert await answer(generation) == [40, 41, 42]
 
-    run(check())
+    world.run(check())
 
 
 def test_losing_the_last_peer_takes_the_switch_back_and_the_answer_waits_for_it(world: Any) -> None:
     async def check() -> None:
-        async with world(**FOUR) as w:
+        async with world() as w:
             generation = await decoding(w)
             record = w.switch("d", "P")
             w.worker("d").obey("drain")
@@ -140,7 +125,7 @@ def test_losing_the_last_peer_takes_the_switch_back_and_the_answer_waits_for_it(
             await w.settle()
             assert await answer(generation) == [40, 41, 42]
 
-    run(check())
+    world.run(check())
 
 
 def test_without_a_peer_the_answer_stays_until_it_is_handed_back(world: Any) -> None:
@@ -157,12 +142,12 @@ def test_without_a_peer_the_answer_stays_until_it_is_handed_back(world: Any) -> 
                 await answer(generation)
             assert w.dispatcher._attempts.records == {}
 
-    run(check())
+    world.run(check())
 
 
 def test_an_answer_that_reaches_a_leaving_worker_moves_on(world: Any) -> None:
     async def check() -> None:
-        async with world(**FOUR) as w:
+        async with world() as w:
             w.ask()
             await w.settle()
             w.dispatcher._attempts.records["q"].decode = "d"
@@ -173,7 +158,7 @@ def test_an_answer_that_reaches_a_leaving_worker_moves_on(world: Any) -> None:
             await w.settle()
             assert [m.consumer for m in w.worker("d").read(MoveDecode)] == ["d2"]
 
-    run(check())
+    world.run(check())
 
 
 def test_a_prompt_that_is_prefilled_where_it_would_decode_moves_when_it_is_done(world: Any) -> None:
@@ -193,7 +178,7 @@ def test_a_prompt_that_is_prefilled_where_it_would_decode_moves_when_it_is_done(
             fresh = w.dispatcher._attempts.records["next"]
             assert (fresh.prefill, fresh.decode) == ("pd", "d"), "P stays, D does not"
 
-    run(check())
+    world.run(check())
 
 
 def test_returned_images_go_to_another_encoder_without_counting_as_failures(world: Any) -> None:
@@ -215,7 +200,7 @@ def test_returned_images_go_to_another_encoder_without_counting_as_failures(worl
             await w.settle()
             assert w.worker("e2").read(EncodeRequest) == []
 
-    run(check())
+    world.run(check())
 
 
 def test_a_returned_prompt_goes_to_a_peer_and_the_old_attempt_is_forgotten(world: Any) -> None:
@@ -235,7 +220,7 @@ def test_a_returned_prompt_goes_to_a_peer_and_the_old_attempt_is_forgotten(world
             assert [c.attempt for c in w.worker(first).read(Cancel)][-1] == 1
             assert w.dispatcher._attempts.records["q"].attempt == 2
 
-    run(check())
+    world.run(check())
 
 
 def test_work_of_stages_that_stay_is_left_alone_by_the_commit(world: Any) -> None:
@@ -253,7 +238,7 @@ def test_work_of_stages_that_stay_is_left_alone_by_the_commit(world: Any) -> Non
             await w.settle()
             assert await answer(generation) == [40, 41, 42]
 
-    run(check())
+    world.run(check())
 
 
 def test_what_a_worker_kept_of_an_ended_stage_starts_again_at_the_commit(world: Any) -> None:
@@ -270,7 +255,7 @@ def test_what_a_worker_kept_of_an_ended_stage_starts_again_at_the_commit(world: 
             await w.settle()
             assert [m.item for m in w.worker("e2").read(EncodeRequest)] == mine
 
-    run(check())
+    world.run(check())
 
 
 # admission
@@ -278,7 +263,7 @@ def test_what_a_worker_kept_of_an_ended_stage_starts_again_at_the_commit(world: 
 
 def test_a_drained_worker_gets_nothing_new_and_keeps_what_it_has(world: Any) -> None:
     async def check() -> None:
-        async with world(**FOUR) as w:
+        async with world() as w:
             generation = await decoding(w)
             assert w.roles.drain("d") and not w.roles.drain("d")
             assert w.roles.state(w.members.workers["d"]) == "drained"
@@ -298,4 +283,4 @@ def test_a_drained_worker_gets_nothing_new_and_keeps_what_it_has(world: Any) -> 
                 with pytest.raises(UnknownWorkerError):
                     unknown("nobody")
 
-    run(check())
+    world.run(check())

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -30,20 +29,9 @@ from epd_services.gateway.refusals import (
 E, P, D, PD, EPD = map(parse_stages, ("E", "P", "D", "PD", "EPD"))
 
 
-def run(work: Coroutine[Any, Any, None]) -> None:
-    async def bounded() -> None:
-        async with asyncio.timeout(20):
-            await work
-
-    asyncio.run(bounded())
-
-
-FOUR = {"e": "E", "p": "P", "d": "D", "d2": "D"}
-
-
 def test_a_switch_from_wish_to_done(world: Any) -> None:
     async def check() -> None:
-        async with world(**FOUR) as w:
+        async with world() as w:
             record = w.switch("d", "P")
             assert (record.state, record.old, record.new, record.epoch) == ("draining", "D", "P", 0)
             assert w.hosting("D") == ["d2"], "an ending stage gets nothing from the start"
@@ -74,12 +62,12 @@ def test_a_switch_from_wish_to_done(world: Any) -> None:
             assert told["d"] == ("P", 1)
             assert w.dispatcher.counters["workers_lost"] == 0
 
-    run(check())
+    world.run(check())
 
 
 def test_the_same_wish_twice_is_one_switch(world: Any) -> None:
     async def check() -> None:
-        async with world(**FOUR) as w:
+        async with world() as w:
             record = w.switch("d", "P")
             assert w.switch("d", "P", epoch=0) is record
             assert len(w.worker("d").read(SwitchRole)) == 1
@@ -92,7 +80,7 @@ def test_the_same_wish_twice_is_one_switch(world: Any) -> None:
             assert w.worker("d").read(SwitchRole) == []
             assert w.roles.history() == [record]
 
-    run(check())
+    world.run(check())
 
 
 def refused_with(w: Any, kind: type[OperatorError], worker: str, stages: str, **more: Any) -> str:
@@ -107,7 +95,7 @@ def refused_with(w: Any, kind: type[OperatorError], worker: str, stages: str, **
 
 def test_every_refusal_changes_nothing_and_says_what_next(world: Any) -> None:
     async def check() -> None:
-        async with world(**FOUR) as w:
+        async with world() as w:
             assert "d, d2, e, p" in refused_with(w, UnknownWorkerError, "nobody", "P")
             assert "epoch 0" in refused_with(w, StaleEpochError, "d", "P", epoch=3)
             assert "last worker of P" in refused_with(w, LastWorkerError, "p", "D")
@@ -130,7 +118,7 @@ def test_every_refusal_changes_nothing_and_says_what_next(world: Any) -> None:
                 orders = worker.read(SwitchRole)
                 assert [o.switch_id for o in orders] == [record.switch_id] * (worker.name == "d")
 
-    run(check())
+    world.run(check())
 
 
 def test_the_last_worker_moves_when_forced_and_others_hear_a_typed_error(world: Any) -> None:
@@ -141,13 +129,13 @@ def test_the_last_worker_moves_when_forced_and_others_hear_a_typed_error(world: 
             with pytest.raises(UnavailableError, match="decode"):
                 w.ask()
 
-    run(check())
+    world.run(check())
 
 
 @pytest.mark.parametrize("phase", ["begin", "drain", "unload", "load", "ready"])
 def test_a_worker_that_goes_back_serves_its_old_role_again(world: Any, phase: str) -> None:
     async def check() -> None:
-        async with world(**FOUR) as w:
+        async with world() as w:
             record = w.switch("d", "P")
             w.worker("d").obey(phase)
             await w.settle()
@@ -158,12 +146,12 @@ def test_a_worker_that_goes_back_serves_its_old_role_again(world: Any, phase: st
             assert w.roles.state(w.members.workers["d"]) == "serving"
             assert w.switch("d", "P").state == "draining", "and may be asked again"
 
-    run(check())
+    world.run(check())
 
 
 def test_going_back_without_a_word_shows_in_the_heartbeat(world: Any) -> None:
     async def check() -> None:
-        async with world(**FOUR) as w:
+        async with world() as w:
             record = w.switch("d", "P")
             w.worker("d").obey("ready")
             await w.settle()
@@ -172,13 +160,13 @@ def test_going_back_without_a_word_shows_in_the_heartbeat(world: Any) -> None:
             await w.settle()
             assert record.state == "failed" and w.hosting("D") == ["d", "d2"]
 
-    run(check())
+    world.run(check())
 
 
 @pytest.mark.parametrize("phase", ["begin", "drain", "load", "ready"])
 def test_a_worker_lost_in_the_middle_ends_its_switch(world: Any, phase: str) -> None:
     async def check() -> None:
-        async with world(**FOUR) as w:
+        async with world() as w:
             record = w.switch("d", "P")
             w.worker("d").obey(phase)
             await w.wait(2.0, "d")
@@ -190,12 +178,12 @@ def test_a_worker_lost_in_the_middle_ends_its_switch(world: Any, phase: str) -> 
             assert w.hosting("D") == ["d", "d2"]
             assert w.roles.state(w.members.workers["d"]) == "serving"
 
-    run(check())
+    world.run(check())
 
 
 def test_a_restart_before_the_silence_was_noticed_ends_the_switch_too(world: Any) -> None:
     async def check() -> None:
-        async with world(**FOUR) as w:
+        async with world() as w:
             record = w.switch("d", "P")
             w.worker("d").obey("ready")
             await w.settle()
@@ -205,12 +193,12 @@ def test_a_restart_before_the_silence_was_noticed_ends_the_switch_too(world: Any
             assert record.state == "lost"
             assert w.hosting("D") == ["d", "d2"] and not w.members.fenced("d")
 
-    run(check())
+    world.run(check())
 
 
 def test_a_worker_that_never_begins_is_given_up(world: Any) -> None:
     async def check() -> None:
-        async with world(**FOUR) as w:
+        async with world() as w:
             record = w.switch("d", "P")
             w.worker("d").read(SwitchRole)
             w.worker("d").switch = None
@@ -224,14 +212,14 @@ def test_a_worker_that_never_begins_is_given_up(world: Any) -> None:
             assert [a.switch_id for a in w.worker("d").read(SwitchAbort)] == [record.switch_id]
             assert w.hosting("D") == ["d", "d2"]
 
-    run(check())
+    world.run(check())
 
 
 def test_a_load_that_takes_too_long_is_aborted_and_fenced_until_the_worker_is_back(
     world: Any,
 ) -> None:
     async def check() -> None:
-        async with world(**FOUR) as w:
+        async with world() as w:
             record = w.switch("d", "P")
             w.worker("d").obey("unload")
             await w.wait(63.0)
@@ -245,12 +233,12 @@ def test_a_load_that_takes_too_long_is_aborted_and_fenced_until_the_worker_is_ba
             assert w.hosting("D") == ["d", "d2"]
             assert record.error == "the new role was not loaded in time"
 
-    run(check())
+    world.run(check())
 
 
 def test_silence_after_the_commit_fences_until_the_new_epoch_is_heard(world: Any) -> None:
     async def check() -> None:
-        async with world(**FOUR) as w:
+        async with world() as w:
             record = w.switch("d", "P")
             w.worker("d").obey("ready")
             await w.wait(16.0)
@@ -261,14 +249,14 @@ def test_silence_after_the_commit_fences_until_the_new_epoch_is_heard(world: Any
             assert record.state == "done" and record.error is None
             assert w.hosting("P") == ["d", "p"] and w.hosting("D") == ["d2"]
 
-    run(check())
+    world.run(check())
 
 
 def test_a_frozen_worker_comes_back_in_one_role_only(world: Any) -> None:
     """Declared lost after the commit was sent; then it takes that commit after all."""
 
     async def check() -> None:
-        async with world(**FOUR) as w:
+        async with world() as w:
             record = w.switch("d", "P")
             w.worker("d").obey("ready")
             await w.wait(2.0, "d")
@@ -281,12 +269,12 @@ def test_a_frozen_worker_comes_back_in_one_role_only(world: Any) -> None:
             await w.settle()
             assert w.hosting("D") == ["d2"] and w.hosting("P") == ["d", "p"]
 
-    run(check())
+    world.run(check())
 
 
 def test_a_switch_of_an_earlier_gateway_is_sent_back(world: Any) -> None:
     async def check() -> None:
-        async with world(**FOUR) as w:
+        async with world() as w:
             stray = w.worker("d")
             stray.switch = SwitchRole(switch_id="old-1", stages="P", epoch=0, drain_seconds=1.0)
             stray.beat()
@@ -298,12 +286,12 @@ def test_a_switch_of_an_earlier_gateway_is_sent_back(world: Any) -> None:
             await w.settle()
             assert w.hosting("D") == ["d", "d2"]
 
-    run(check())
+    world.run(check())
 
 
 def test_late_words_of_an_old_epoch_are_dropped_and_counted(world: Any) -> None:
     async def check() -> None:
-        async with world(**FOUR) as w:
+        async with world() as w:
             w.switch("d", "P")
             w.worker("d").obey("ready")
             await w.settle()
@@ -315,18 +303,18 @@ def test_late_words_of_an_old_epoch_are_dropped_and_counted(world: Any) -> None:
             assert w.hosting("P") == ["d", "p"] and w.hosting("D") == ["d2"]
             assert w.members.stale_epochs + w.node.rejected["stale epoch"] == 1
 
-    run(check())
+    world.run(check())
 
 
 def test_unreachable_means_nothing_changed(world: Any) -> None:
     async def check() -> None:
-        async with world(**FOUR) as w:
+        async with world() as w:
             w.node.know([])
             with pytest.raises(UnavailableError, match="nothing was changed"):
                 w.switch("d", "P")
             assert w.roles.history() == [] and w.members.leaving == {}
 
-    run(check())
+    world.run(check())
 
 
 # previews
@@ -363,12 +351,12 @@ def test_a_preview_tells_moves_refusals_and_what_it_cost_before(world: Any) -> N
             assert w.roles.preview("d", PD).measured == 4, "the same weights come and go"
             assert w.roles.preview("e", P).measured == 0
 
-    run(check())
+    world.run(check())
 
 
 def test_records_are_plain_data(world: Any) -> None:
     async def check() -> None:
-        async with world(**FOUR) as w:
+        async with world() as w:
             data = w.switch("d", "P", reason="elastic: decode idle").as_json()
             assert data["state"] == "draining" and data["reason"] == "elastic: decode idle"
             assert data["final"] is False and data["phases"] == {}
@@ -377,7 +365,7 @@ def test_records_are_plain_data(world: Any) -> None:
             assert preview["refused"][0]["code"] == "last_worker"
             assert set(preview["refused"][0]) == {"code", "what", "why", "next"}
 
-    run(check())
+    world.run(check())
 
 
 def test_encoded_images_of_a_switched_encoder_are_not_asked_again(world: Any) -> None:
@@ -400,7 +388,7 @@ def test_encoded_images_of_a_switched_encoder_are_not_asked_again(world: Any) ->
             await w.settle()
             assert w.worker("e2").read(EncodeRequest) == []
 
-    run(check())
+    world.run(check())
 
 
 def test_errors_are_of_the_one_hierarchy() -> None:
