@@ -16,6 +16,7 @@ import numpy as np
 import structlog
 import torch
 
+from epd.block_rows import BlockRows
 from epd.models.context import AttentionBatch, ForwardContext
 from epd.staging import Layout
 
@@ -106,6 +107,7 @@ class DecodeGraphs:
         self._batches = batch_sizes(max_num_seqs)
         self._bounds = length_bounds(max_model_len)
         self._recordings: dict[DecodeShape, _Recording] = {}
+        self._rows = BlockRows()
         largest = self._layout(DecodeShape(self._batches[-1], self._bounds[-1])).nbytes
         self._host, self._device = recorder.buffers(largest)
         rows, device = self._batches[-1], recorder.device
@@ -219,12 +221,13 @@ class DecodeGraphs:
         for group, (slots, lengths, tables) in enumerate(inputs.groups):
             for row, sequence in enumerate(sequences):
                 assert sequence.table is not None
-                blocks, past = sequence.table.blocks[group], sequence.table.lengths[group]
+                past, blocks = sequence.table.lengths[group], self._rows.of(sequence, group)
                 lengths[row] = past + 1
-                slots[row] = blocks[past // size] * size + past % size
+                slots[row] = int(blocks[past // size]) * size + past % size
                 tables[row, : len(blocks)] = blocks
             lengths[count:] = 0
             slots[count:] = -1
+        self._rows.keep(sequences)
 
 
 def _decodes(chunk: Chunk) -> bool:
