@@ -16,39 +16,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-from PIL import Image
 
-from epd import LLM, SamplingParams
-from epd.models.tiny import write_tiny_llava
 from epd_services.admin.client import AdminClient, RefusedError, UnreachableError, open_client
 
-QUESTION = "what is it"
-TOKENS = 400
 PAUSE = 0.7
 PHASES = ("drain", "unload", "load", "ready", "commit")
 PAUSES = ",".join(f"switch.{phase}=pause:{PAUSE}" for phase in PHASES)
-
-
-def pictures(count: int) -> list[Image.Image]:
-    rng = np.random.default_rng(11)
-    return [
-        Image.fromarray(rng.integers(0, 255, (40, 56, 3), dtype=np.uint8)) for _ in range(count)
-    ]
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny_llava(tmp_path_factory.mktemp("tiny"), seed=3)
-
-
-@pytest.fixture(scope="module")
-def expected(model: Path) -> list[str]:
-    """The one-process answers, image by image."""
-    llm = LLM(str(model))
-    sampling = SamplingParams(max_tokens=TOKENS, ignore_eos=True)
-    return [llm.chat(QUESTION, images=[image], sampling=sampling).text for image in pictures(4)]
 
 
 class Operator:
@@ -175,8 +149,9 @@ def operating(start_stack: Callable[..., Any], **flags: Any) -> Iterator[Operato
 
 
 @pytest.fixture(scope="module")
-def shared(model: Path, start_stack: Callable[..., Any]) -> Iterator[Operator]:
-    with operating(start_stack, model=str(model), topology="1E1P3D", failpoints=PAUSES) as operator:
+def shared(questions: Any, start_stack: Callable[..., Any]) -> Iterator[Operator]:
+    flags = {"model": questions.model, "topology": "1E1P3D", "failpoints": PAUSES}
+    with operating(start_stack, **flags) as operator:
         yield operator
 
 
@@ -186,44 +161,44 @@ def operator(shared: Operator) -> Operator:
     return shared
 
 
-def bodies(stack: Any, count: int) -> list[dict[str, Any]]:
-    images = pictures(4)
-    return [
-        stack.body([images[n % 4]], QUESTION, max_tokens=TOKENS, ignore_eos=True,
-                   cache_salt=f"{n}-{time.monotonic()}")
-        for n in range(count)
-    ]  # fmt: skip
-
-
-def check(replies: list[Any], expected: list[str]) -> None:
-    """Every answer whole, right, and once."""
-    for number, reply in enumerate(replies):
-        assert (reply.status, reply.error) == (200, None)
-        assert reply.text == expected[number % 4]
-        assert reply.usage["completion_tokens"] == TOKENS
-
-
 def during(
-    operator: Operator, accident: Callable[[AdminClient], Any], count: int = 12
+    operator: Operator, questions: Any, accident: Callable[[AdminClient], Any], count: int = 12
 ) -> tuple[list[Any], Any]:
-    """Requests at once, and what `accident` returned while every decode worker was busy."""
+    """What `accident` returned while every decode worker was busy, and the answers of that time.
+
+    Each of `count` clients asks again until all workers were seen at work together; their last
+    answers come back.
+    """
 
     async def run() -> tuple[list[Any], Any]:
-        running = asyncio.create_task(operator.stack.all(bodies(operator.stack, count)))
-        while not running.done():
-            workers = await asyncio.to_thread(operator.status)
-            if all(w["running"] for w in workers.values() if "D" in w["stages"]):
-                break
-        assert not running.done()
+        busy = asyncio.Event()
+        async with asyncio.timeout(120):
+            clients = asyncio.gather(
+                *(keep_asking(operator.stack, questions, number, busy) for number in range(count))
+            )
+            while not clients.done() and not busy.is_set():
+                workers = await asyncio.to_thread(operator.status)
+                if all(w["running"] for w in workers.values() if "D" in w["stages"]):
+                    busy.set()
 
-        def go() -> Any:
-            with operator.admin() as admin:
-                return accident(admin)
+            def go() -> Any:
+                with operator.admin() as admin:
+                    return accident(admin)
 
-        result = await asyncio.to_thread(go)
-        return await running, result
+            result = await asyncio.to_thread(go) if busy.is_set() else None
+            return await clients, result
 
     return asyncio.run(run())
+
+
+async def keep_asking(stack: Any, questions: Any, number: int, until: asyncio.Event) -> Any:
+    """The first answer to end after `until`; the ones before are checked."""
+    await asyncio.sleep(number * 0.05)  # so that not all end at once
+    while True:
+        (reply,) = await stack.all([questions.body(stack, number)])
+        if until.is_set():
+            return reply
+        questions.check_one(reply, number)
 
 
 def no_leaks(operator: Operator) -> None:
@@ -239,6 +214,21 @@ def no_leaks(operator: Operator) -> None:
     raise AssertionError(workers)
 
 
+def begin(worker: str, stages: str) -> Callable[[AdminClient], str]:
+    """The accident that `worker` is to change its role."""
+
+    def accident(admin: AdminClient) -> str:
+        return str(admin.switch(worker, stages, drain_seconds=5.0)["switch_id"])
+
+    return accident
+
+
+def serves(operator: Operator, questions: Any) -> None:
+    """The stack answers as before."""
+    stack = operator.stack
+    questions.check(asyncio.run(stack.all(questions.bodies(stack, 4))))
+
+
 def switch_and_kill(phase: str, worker: str, victim: str, stack: Any) -> Callable[..., str]:
     def accident(admin: AdminClient) -> str:
         record = admin.switch(worker, "P", drain_seconds=5.0)
@@ -249,11 +239,11 @@ def switch_and_kill(phase: str, worker: str, victim: str, stack: Any) -> Callabl
     return accident
 
 
-def the_switching_worker_dies(operator: Operator, expected: list[str], phase: str) -> None:
+def the_switching_worker_dies(operator: Operator, questions: Any, phase: str) -> None:
     worker = f"decode-{PHASES.index(phase) % 3}"
     killing = switch_and_kill(phase, worker, worker, operator.stack)
-    replies, switch_id = during(operator, killing)
-    check(replies, expected)
+    replies, switch_id = during(operator, questions, killing)
+    questions.check(replies)
     with operator.admin() as admin:
         record = follow(admin, switch_id)
     assert record["state"] == "lost" and "was lost while" in record["error"]
@@ -263,11 +253,11 @@ def the_switching_worker_dies(operator: Operator, expected: list[str], phase: st
     no_leaks(operator)
 
 
-def a_peer_dies(operator: Operator, expected: list[str], phase: str) -> None:
+def a_peer_dies(operator: Operator, questions: Any, phase: str) -> None:
     worker, peer = ("decode-0", "decode-1") if PHASES.index(phase) % 2 else ("decode-1", "decode-2")
     killing = switch_and_kill(phase, worker, peer, operator.stack)
-    replies, switch_id = during(operator, killing)
-    check(replies, expected)
+    replies, switch_id = during(operator, questions, killing)
+    questions.check(replies)
     with operator.admin() as admin:
         record = follow(admin, switch_id)
     assert (record["state"], record["error"]) == ("done", None)
@@ -275,7 +265,7 @@ def a_peer_dies(operator: Operator, expected: list[str], phase: str) -> None:
     no_leaks(operator)
 
 
-def the_admin_client_dies(operator: Operator, expected: list[str], phase: str) -> None:
+def the_admin_client_dies(operator: Operator, questions: Any, phase: str) -> None:
     def accident(admin: AdminClient) -> str:
         command = operator.epd("switch", "decode-2", "P", "--wait", start_new_session=True)
         until = time.monotonic() + 20
@@ -287,8 +277,8 @@ def the_admin_client_dies(operator: Operator, expected: list[str], phase: str) -
         command.communicate()
         return str(running[0]["switch_id"])
 
-    replies, switch_id = during(operator, accident)
-    check(replies, expected)
+    replies, switch_id = during(operator, questions, accident)
+    questions.check(replies)
     with operator.admin() as admin:
         record = follow(admin, switch_id)
     assert (record["state"], record["new"]) == ("done", "P")
@@ -298,7 +288,7 @@ def the_admin_client_dies(operator: Operator, expected: list[str], phase: str) -
 
 
 def test_long_answers_go_on_at_a_peer_when_the_drain_is_short(
-    operator: Operator, expected: list[str]
+    operator: Operator, questions: Any
 ) -> None:
     """Moved with their KV: none is computed again, no token comes twice."""
     before = operator.stack.pipeline()["counters"]
@@ -306,8 +296,8 @@ def test_long_answers_go_on_at_a_peer_when_the_drain_is_short(
     def accident(admin: AdminClient) -> dict[str, Any]:
         return follow(admin, admin.switch("decode-0", "P", drain_seconds=1.0)["switch_id"])
 
-    replies, record = during(operator, accident)
-    check(replies, expected)
+    replies, record = during(operator, questions, accident)
+    questions.check(replies)
     assert (record["state"], record["error"]) == ("done", None)
     assert record["moved"] >= 1 and record["phases"]["drain"] < 1.0 + PAUSE + 0.5
     after = operator.stack.pipeline()["counters"]
@@ -318,26 +308,24 @@ def test_long_answers_go_on_at_a_peer_when_the_drain_is_short(
 
 @pytest.mark.parametrize("phase", ["drain", "commit"])
 def test_killing_the_switching_worker_loses_nothing(
-    operator: Operator, expected: list[str], phase: str
+    operator: Operator, questions: Any, phase: str
 ) -> None:
-    the_switching_worker_dies(operator, expected, phase)
+    the_switching_worker_dies(operator, questions, phase)
 
 
 def test_killing_a_peer_loses_nothing_and_the_switch_goes_on(
-    operator: Operator, expected: list[str]
+    operator: Operator, questions: Any
 ) -> None:
-    a_peer_dies(operator, expected, "drain")
+    a_peer_dies(operator, questions, "drain")
 
 
 def test_killing_the_admin_client_leaves_the_switch_alone(
-    operator: Operator, expected: list[str]
+    operator: Operator, questions: Any
 ) -> None:
-    the_admin_client_dies(operator, expected, "unload")
+    the_admin_client_dies(operator, questions, "unload")
 
 
-def test_losing_the_last_peer_takes_the_switch_back(
-    operator: Operator, expected: list[str]
-) -> None:
+def test_losing_the_last_peer_takes_the_switch_back(operator: Operator, questions: Any) -> None:
     def accident(admin: AdminClient) -> str:
         admin.drain("decode-2", force=False)
         record = admin.switch("decode-0", "P", drain_seconds=5.0)
@@ -347,8 +335,8 @@ def test_losing_the_last_peer_takes_the_switch_back(
         operator.stack.kill("decode-1")
         return str(record["switch_id"])
 
-    replies, switch_id = during(operator, accident)
-    check(replies, expected)
+    replies, switch_id = during(operator, questions, accident)
+    questions.check(replies)
     with operator.admin() as admin:
         record = follow(admin, switch_id)
     assert record["state"] == "failed" and record["error"] == "taken back: decode-1 was lost"
@@ -363,10 +351,10 @@ def test_losing_the_last_peer_takes_the_switch_back(
     ids=["worker", "peer", "admin"],
 )  # fmt: skip
 def test_every_death_in_every_phase(
-    operator: Operator, expected: list[str], phase: str, dies: Callable[..., None]
+    operator: Operator, questions: Any, phase: str, dies: Callable[..., None]
 ) -> None:
     time.sleep(10)  # the supervisor gives up on a process that dies too often
-    dies(operator, expected, phase)
+    dies(operator, questions, phase)
 
 
 @pytest.mark.slow
@@ -374,14 +362,12 @@ def test_every_death_in_every_phase(
     "point", ["switch.received", "switch.move", *(f"switch.{p}" for p in PHASES)]
 )
 def test_a_worker_that_ends_itself_at_a_failpoint(
-    model: Path, expected: list[str], start_stack: Callable[..., Any], point: str
+    questions: Any, start_stack: Callable[..., Any], point: str
 ) -> None:
-    flags = {"model": str(model), "topology": "1E1P2D", "failpoints": f"{point}=exit"}
+    flags = {"model": questions.model, "topology": "1E1P2D", "failpoints": f"{point}=exit"}
     with operating(start_stack, **flags) as operator:
-        replies, switch_id = during(
-            operator, lambda admin: admin.switch("decode-0", "P", drain_seconds=5.0)["switch_id"]
-        )
-        check(replies, expected)
+        replies, switch_id = during(operator, questions, begin("decode-0", "P"))
+        questions.check(replies)
         with operator.admin() as admin:
             assert follow(admin, switch_id)["state"] == "lost"
         operator.wait_all()
@@ -393,29 +379,27 @@ def test_a_worker_that_ends_itself_at_a_failpoint(
 @pytest.mark.parametrize("point", ["switch.drain", "switch.unload", "switch.load", "switch.ready",
                                    "switch.commit"])  # fmt: skip
 def test_a_worker_that_fails_at_a_point_serves_its_old_role(
-    model: Path, expected: list[str], start_stack: Callable[..., Any], point: str
+    questions: Any, start_stack: Callable[..., Any], point: str
 ) -> None:
-    flags = {"model": str(model), "topology": "1E1P2D", "failpoints": f"{point}=raise"}
+    flags = {"model": questions.model, "topology": "1E1P2D", "failpoints": f"{point}=raise"}
     with operating(start_stack, **flags) as operator:
-        replies, switch_id = during(
-            operator, lambda admin: admin.switch("decode-0", "E", drain_seconds=5.0)["switch_id"]
-        )
-        check(replies, expected)
+        replies, switch_id = during(operator, questions, begin("decode-0", "E"))
+        questions.check(replies)
         with operator.admin() as admin:
             record = follow(admin, switch_id)
         assert record["state"] == "failed" and "failpoint" in record["error"]
         back = operator.status()["decode-0"]
         assert (back["stages"], back["epoch"], back["state"]) == ("D", 0, "serving")
-        check(asyncio.run(operator.stack.all(bodies(operator.stack, 4))), expected)
+        serves(operator, questions)
         no_leaks(operator)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("point", ["admin.accepted", "admin.ready", "admin.committed"])
 def test_a_gateway_that_dies_in_a_switch_leaves_every_worker_in_one_role(
-    model: Path, expected: list[str], start_stack: Callable[..., Any], point: str
+    questions: Any, start_stack: Callable[..., Any], point: str
 ) -> None:
-    flags = {"model": str(model), "topology": "1E1P2D", "failpoints": f"{point}=exit"}
+    flags = {"model": questions.model, "topology": "1E1P2D", "failpoints": f"{point}=exit"}
     with operating(start_stack, **flags) as operator:
         with operator.admin() as admin, pytest.raises(UnreachableError):
             follow(admin, admin.switch("decode-0", "P", drain_seconds=5.0)["switch_id"])
@@ -423,5 +407,5 @@ def test_a_gateway_that_dies_in_a_switch_leaves_every_worker_in_one_role(
         operator.wait_all()
         after = operator.status()["decode-0"]
         assert (after["stages"], after["epoch"]) in (("D", 0), ("P", 1))
-        check(asyncio.run(operator.stack.all(bodies(operator.stack, 4))), expected)
+        serves(operator, questions)
         no_leaks(operator)
