@@ -110,11 +110,12 @@ def apply_penalties(logits: torch.Tensor, rows: Sequence[SampleRow], chosen: Seq
             params.frequency_penalty * counts[token] + params.presence_penalty * (counts[token] > 0)
             for token in tokens
         ]
-    at = torch.tensor([row_ids, token_ids], dtype=torch.int64, device=logits.device)
-    change = torch.tensor([factors, offsets], dtype=torch.float32, device=logits.device)
-    values = logits[at[0], at[1]]
-    values = torch.where(values > 0, values / change[0], values * change[0]) - change[1]
-    logits[at[0], at[1]] = values
+    places = (np.array(ids, np.int64) for ids in (row_ids, token_ids))
+    changes = (np.array(values, np.float64) for values in (factors, offsets))
+    i_row, i_token, factor, offset = send_all([*places, *changes], logits.device)
+    values, factor = logits[i_row, i_token], factor.float()
+    values = torch.where(values > 0, values / factor, values * factor) - offset.float()
+    logits[i_row, i_token] = values
 
 
 def _parameters(rows: Sequence[SampleRow], device: torch.device) -> dict[str, torch.Tensor]:
