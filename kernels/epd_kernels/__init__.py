@@ -30,6 +30,7 @@ from .rope import apply_rope, apply_rope_ref
 from .sampling import draw_tokens, draw_tokens_ref
 from .silu_mul import silu_mul, silu_mul_ref
 from .w4_dequant import dequantize_fp8, dequantize_fp8_ref, w4a8_fp8_large
+from .w4_folded import fold_scales, w4a8_fp8_folded, w4a8_fp8_folded_ref
 from .w4_gemm import w4_gemm, w4_gemm_ref
 
 __all__ = [
@@ -57,6 +58,7 @@ __all__ = [
     "draw_tokens_ref",
     "embed_tokens",
     "embed_tokens_ref",
+    "fold_scales",
     "group_sums",
     "pack",
     "paged_attention",
@@ -82,5 +84,7 @@ __all__ = [
     "store_kv_ref",
     "w4_gemm",
     "w4_gemm_ref",
+    "w4a8_fp8_folded",
+    "w4a8_fp8_folded_ref",
     "w4a8_fp8_large",
 ]

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 __all__ = ["INTERPRETED", "AttentionConfig", "DeviceFacts", "GemmConfig", "attention_config",
-           "constant", "device_facts", "early_launch", "gdc_launch_dependents", "gdc_wait",
+           "constant", "device_facts", "gdc_launch_dependents", "gdc_wait",
            "gemm_config", "jit", "next_power_of_2", "previous_power_of_2", "read_launches",
            "row_warps", "tl", "triton", "tuned_launch", "tuned_name"]  # fmt: skip
 
@@ -94,11 +94,6 @@ def row_warps(width: int) -> int:
     return min(max(next_power_of_2(width) // 512, 1), 16)
 
 
-def early_launch(early: bool) -> dict[str, bool]:
-    """Launch options of a kernel that waits by itself for the one before it."""
-    return {"launch_pdl": True} if early else {}
-
-
 @dataclass(frozen=True, slots=True)
 class AttentionConfig:
     """Tile rows, KV positions per step, warps and pipeline stages of an attention kernel."""
@@ -133,8 +128,11 @@ class GemmConfig:
 
     `use_ptx` decodes eight-bit operands with inline assembly, which halves the instructions of the
     loop; the interpreter has no assembly. `early` lets the kernel be launched before the one ahead
-    of it has drained (compute capability 9.0 and later). `unroll` steps of 128 input features share
-    a trip of the loop where it divides their count; each stage then holds as many.
+    of it has drained, and the one behind it once its own loop is done (compute capability 9.0 and
+    later); while it waits it sends for `prefetch` tiles of 128 inputs of a tiled weight. `unroll`
+    steps of 128 input features share a trip of the loop where it divides their count; each stage
+    then holds as many. `registers` bounds those of a thread, so that more programs share a
+    multiprocessor.
     """
 
     block_n: int
@@ -145,6 +143,18 @@ class GemmConfig:
     use_ptx: bool = not INTERPRETED
     early: bool = False
     unroll: int = 1
+    prefetch: int = 0
+    registers: int | None = None
+
+    @property
+    def options(self) -> dict[str, int | bool]:
+        """Launch options of Triton."""
+        found: dict[str, int | bool] = {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        if self.early:
+            found["launch_pdl"] = True
+        if self.registers is not None:
+            found["maxnreg"] = self.registers
+        return found
 
 
 def gemm_config(

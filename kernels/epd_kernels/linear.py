@@ -13,6 +13,7 @@ from .activations import quantize_fp8, quantize_int8
 from .launch import device_facts
 from .packing import Format, QuantWeight, pack
 from .w4_dequant import fp8_row_scales, w4a8_fp8_large
+from .w4_folded import FoldedScales, fold_scales, folds, w4a8_fp8_folded
 from .w4_gemm import w4_gemm
 from .w4_widen import w4a16_large
 
@@ -32,6 +33,8 @@ class Scheme(Enum):
 
 # from so many tokens on, widening the weight to FP8 first is faster (measured on an H200)
 _WIDENED_FROM = 512
+# and from so many on, folding group scales into the FP8 operand
+_FOLDED_FROM = 65
 _EIGHT_BIT = {Scheme.W4A8_FP8: torch.float8_e4m3fn, Scheme.W4A8_INT8: torch.int8}
 _QUANTIZE = {Scheme.W4A8_FP8: quantize_fp8, Scheme.W4A8_INT8: quantize_int8}
 
@@ -48,9 +51,10 @@ def _format(weight: QuantWeight, scheme: Scheme) -> Format:
 class QuantLinear(nn.Module):
     """y = x W^T + bias with W in four bits; activations are quantised per token as `scheme` says.
 
-    On a GPU this is one packed GEMM over a weight in tiles. From 512 tokens on the
-    weight is widened instead, to FP8 or for W4A16 to 16 bits, for the length of the call (N * K
-    elements), and the vendor multiplies; W4A8-INT8 stays with the packed GEMM.
+    On a GPU this is one packed GEMM over a weight in tiles; W4A8-FP8 folds group scales into the
+    weight as it is decoded from 65 tokens on, where groups have 128 inputs and no zeros. From 512
+    tokens on the weight is widened instead, to FP8 or for W4A16 to 16 bits, for the length of the
+    call (N * K elements), and the vendor multiplies; W4A8-INT8 stays with the packed GEMM.
     On a CPU the weight is unpacked at first use and kept: as int8 codes for W4A8-INT8 with one
     group per row, where torch's integer product is exact and (measured with AMX, 2048 x 1024) 2 to
     7 times as fast as fp32, and otherwise dequantised, since unpacking at every call costs several
@@ -72,6 +76,16 @@ class QuantLinear(nn.Module):
         self.register_buffer("bias", bias, persistent=False)
         self._dense: dict[torch.dtype, torch.Tensor] = {}
         self._row_scales: torch.Tensor | None = None
+        self._folded: FoldedScales | None = None
+        self._prepare()
+
+    def _prepare(self) -> None:
+        """On a GPU, make what larger batches need of the scales now, and not inside a graph."""
+        self._row_scales = self._folded = None
+        if self.scheme is Scheme.W4A8_FP8 and self.weight.data.is_cuda:
+            self._row_scales = fp8_row_scales(self.weight)
+            if folds(self.weight):
+                self._folded = fold_scales(self.weight, self._row_scales)
 
     @property
     def activation_dtype(self) -> torch.dtype | None:
@@ -86,17 +100,35 @@ class QuantLinear(nn.Module):
         return self.multiply(rows, scales, dtype=x.dtype).view(*x.shape[:-1], self.out_features)
 
     def multiply(
-        self, codes: torch.Tensor, scales: torch.Tensor | None, *, dtype: torch.dtype
-    ) -> torch.Tensor:
+        self, codes: torch.Tensor, scales: torch.Tensor | None, *, dtype: torch.dtype,
+        residual: torch.Tensor | None = None,
+    ) -> torch.Tensor:  # fmt: skip
         """`[T, out_features]` in `dtype` of activations that are quantised already.
 
         `codes [T, in_features]` are of `activation_dtype` with `scales [T]`, as left by
-        `add_rms_norm_quant` and `silu_mul_quant`, or floats without scales.
+        `add_rms_norm_quant` and `silu_mul_quant`, or floats without scales. `residual`
+        `[T, out_features]` of `dtype` is added after the rounding, where it can be in the same
+        kernel.
         """
-        if codes.is_cuda:
-            if self._is_widened(codes):
-                return self._widened(codes, scales, dtype)
-            return w4_gemm(codes, self.weight, out_dtype=dtype, x_scales=scales, bias=self.bias)
+        if not codes.is_cuda:
+            out = self._on_cpu(codes, scales, dtype)
+        elif self._is_widened(codes):
+            out = self._widened(codes, scales, dtype)
+        elif self._folded is not None and scales is not None and len(codes) >= _FOLDED_FROM:
+            return w4a8_fp8_folded(
+                codes, self.weight, out_dtype=dtype, x_scales=scales, bias=self.bias,
+                residual=residual, folded=self._folded,
+            )  # fmt: skip
+        else:
+            return w4_gemm(
+                codes, self.weight, out_dtype=dtype, x_scales=scales, bias=self.bias,
+                residual=residual,
+            )  # fmt: skip
+        return out if residual is None else out + residual
+
+    def _on_cpu(
+        self, codes: torch.Tensor, scales: torch.Tensor | None, dtype: torch.dtype
+    ) -> torch.Tensor:
         if scales is None:
             return functional.linear(codes, self._kept(codes.dtype), self.bias).to(dtype)
         if codes.dtype == torch.int8 and self.weight.group_size == self.in_features:
@@ -119,8 +151,6 @@ class QuantLinear(nn.Module):
     ) -> torch.Tensor:
         if scales is None:
             return w4a16_large(codes, self.weight, bias=self.bias).to(dtype)
-        if self._row_scales is None:
-            self._row_scales = fp8_row_scales(self.weight)
         return w4a8_fp8_large(
             codes, self.weight, out_dtype=dtype, x_scales=scales, bias=self.bias,
             row_scales=self._row_scales,
@@ -140,13 +170,15 @@ class QuantLinear(nn.Module):
         """Packed tensors follow the module's device but never its dtype."""
         self.weight = self.weight.to(fn(self.weight.data).device)
         self._dense.clear()
-        self._row_scales = None
+        self._prepare()
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # untyped in torch
         return self
 
     def resident_bytes(self) -> int:
         """Bytes of packed codes, scales, zeros and bias; not what a CPU keeps unpacked."""
         held = [self.weight.data, self.weight.scales, self.weight.zeros, self.bias]
+        if self._folded is not None:
+            held.append(self._folded.ratios)
         return sum(t.numel() * t.element_size() for t in held if t is not None)
 
     def extra_repr(self) -> str:

@@ -23,7 +23,8 @@ from .launch import INTERPRETED, constant, jit, tl
 from .packing import TILE_K, Format, PackedWeight
 from .w4_gemm import padded
 
-__all__ = ["dequantize_fp8", "dequantize_fp8_ref", "fp8_row_scales", "w4a8_fp8_large"]
+__all__ = ["dequantize_fp8", "dequantize_fp8_ref", "fp8_row_scales", "w4a8_fp8_large",
+           "widened"]  # fmt: skip
 
 _BLOCK_N = 64
 
@@ -142,7 +143,7 @@ def _zero(zeros: tl.tensor, o_scale: tl.tensor, b_q: tl.tensor) -> tl.tensor:
 
 
 @jit
-def _widened(
+def widened(
     b_byte: tl.tensor, b_ratio: tl.tensor, b_zero: tl.tensor, ENCODE: tl.constexpr
 ) -> tl.tensor:
     """(byte as e4m3 - zero) * ratio in e4m3, without assembly; the byte where encoded by hand."""
@@ -184,16 +185,16 @@ def _dequantize_kernel(
                 (tl.uint8, tl.uint8), is_pure=True, pack=4,
             )  # fmt: skip
         else:
-            b_a = _widened(b_q & 0x0F, b_ra, b_za, ENCODE)
-            b_b = _widened(b_q >> 4, b_rb, b_zb, ENCODE)
+            b_a = widened(b_q & 0x0F, b_ra, b_za, ENCODE)
+            b_b = widened(b_q >> 4, b_rb, b_zb, ENCODE)
     elif USE_PTX:
         b_a, b_b = tl.inline_asm_elementwise(
             _SM7_PTX, "=r,=r,r,r,r,r,r", [b_q, b_ra, b_rb], (tl.uint8, tl.uint8),
             is_pure=True, pack=4,
         )  # fmt: skip
     else:
-        b_a = _widened(b_q & 0x87, b_ra, 0.0, ENCODE)
-        b_b = _widened(((b_q >> 4) & 0x07) | ((b_q << 4) & 0x80), b_rb, 0.0, ENCODE)
+        b_a = widened(b_q & 0x87, b_ra, 0.0, ENCODE)
+        b_b = widened(((b_q >> 4) & 0x07) | ((b_q << 4) & 0x80), b_rb, 0.0, ENCODE)
     p_codes = codes + o_row.to(tl.int64) * K + i_tile * 128 + o_j
     tl.store(p_codes, b_a, mask=m_n)
     tl.store(p_codes + 64, b_b, mask=m_n)

@@ -18,10 +18,6 @@ span in a workspace, and the last to arrive adds them in fixed order, so two run
 
 from __future__ import annotations
 
-import math
-from dataclasses import replace
-from functools import cache
-
 import torch
 from torch.nn import functional
 
@@ -31,14 +27,13 @@ from .launch import (
     GemmConfig,
     constant,
     device_facts,
-    early_launch,
-    gdc_launch_dependents,
     gdc_wait,
     gemm_config,
     jit,
     tl,
 )
 from .packing import TILE_K, Format, PackedWeight
+from .w4_epilogue import Spans, finish, residual_stride
 from .w4_operands import operands
 
 __all__ = ["padded", "w4_gemm", "w4_gemm_ref"]
@@ -48,7 +43,6 @@ _ACCEPTS = {
     Format.SM7: (torch.float8_e4m3fn,),
     Format.HI4: (torch.int8,),
 }
-_MOST_BLOCKS = 4096
 _TUNED_AS = {
     torch.float32: "", torch.float16: "w4a16", torch.bfloat16: "w4a16",
     torch.float8_e4m3fn: "w4a8-fp8", torch.int8: "w4a8-int8",
@@ -59,13 +53,15 @@ _UNIT = {torch.float8_e4m3fn: 512.0, torch.int8: 1 / 16}
 def w4_gemm(
     x: torch.Tensor, weight: PackedWeight, *, out_dtype: torch.dtype,
     x_scales: torch.Tensor | None = None, bias: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
 ) -> torch.Tensor:  # fmt: skip
     """`[M, N]` in `out_dtype`: `x [M, K]`, times `x_scales [M]`, by `weight [N, K]`, plus `bias`.
 
+    `residual [M, N]` of `out_dtype` is added after the rounding, as a separate addition would.
     Raises `FormatError` where the weight's format cannot meet the dtype of `x`.
     """
     run = w4_gemm_triton if x.is_cuda else w4_gemm_ref
-    return run(x, weight, out_dtype=out_dtype, x_scales=x_scales, bias=bias)
+    return run(x, weight, out_dtype=out_dtype, x_scales=x_scales, bias=bias, residual=residual)
 
 
 def _check(x: torch.Tensor, weight: PackedWeight) -> None:
@@ -81,32 +77,43 @@ def _check(x: torch.Tensor, weight: PackedWeight) -> None:
 def w4_gemm_ref(
     x: torch.Tensor, weight: PackedWeight, *, out_dtype: torch.dtype,
     x_scales: torch.Tensor | None = None, bias: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
 ) -> torch.Tensor:  # fmt: skip
     """`w4_gemm` in torch, fp32, from the unpacked definition."""
     _check(x, weight)
     out = x.float() @ weight.unpack().dequantize().t()
     if x_scales is not None:
         out = out * x_scales[:, None]
-    return (out if bias is None else out + bias.float()).to(out_dtype)
+    out = (out if bias is None else out + bias.float()).to(out_dtype)
+    return out if residual is None else out + residual
 
 
-# a line of 128 bytes brought into the L2 cache; nothing waits for it
-_PREFETCH = constant("prefetch.global.L2 [$1]; mov.u32 $0, 0;")
+# one thread per strip of 64 rows sends for the first tiles of its strip; nothing waits for them
+_PREFETCH = constant("""{
+    .reg .pred p;
+    setp.lt.s32 p, $2, $3;
+    @p cp.async.bulk.prefetch.L2.global [$1], $4;
+    mov.u32 $0, 0;
+}""")
 
 
 @jit
 def _prefetch_tiles(
     data: tl.tensor, i_n: tl.tensor, i_tile: tl.tensor, N: tl.tensor, K: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    BLOCK_N: tl.constexpr, TILES: tl.constexpr, THREADS: tl.constexpr,
 ) -> None:  # fmt: skip
-    """Send for the first eight tiles of BLOCK_N rows of a tiled weight."""
-    o_line = tl.arange(0, 4 * BLOCK_N)
-    o_rows = tl.minimum(i_n * (BLOCK_N // 64) + o_line // 256, (N - 1) // 64).to(tl.int64)
-    o_tile = tl.minimum(i_tile + o_line // 32 % 8, K // 128 - 1)
-    p_line = data + o_rows * (32 * K) + o_tile * 4096 + o_line % 32 * 128
+    """Bring TILES tiles of BLOCK_N rows of a tiled weight, from `i_tile` on, to the L2 cache."""
+    o_strip = tl.arange(0, THREADS)
+    i_strip = i_n * (BLOCK_N // 64) + o_strip
+    strips = tl.minimum((N + 63) // 64 - i_n * (BLOCK_N // 64), BLOCK_N // 64)
+    size = tl.minimum(K // 128 - i_tile, TILES) * 4096
+    p_tile = data + i_strip.to(tl.int64) * (32 * K) + i_tile * 4096
     tl.inline_asm_elementwise(
-        _PREFETCH, "=r,l", [p_line.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1
-    )
+        _PREFETCH, "=r,l,r,r,r",
+        [p_tile.to(tl.int64), o_strip, tl.zeros_like(o_strip) + strips,
+         tl.zeros_like(o_strip) + size],
+        dtype=tl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
 
 
 @jit
@@ -125,12 +132,13 @@ def _scaled(
 @jit
 def _w4_gemm_kernel(
     x: tl.tensor, data: tl.tensor, scales: tl.tensor, zeros: tl.tensor, sums: tl.tensor,
-    x_scales: tl.tensor, bias: tl.tensor, out: tl.tensor, partial: tl.tensor, arrivals: tl.tensor,
-    M: tl.tensor, N: tl.tensor, num_splits: tl.tensor, stride_x: tl.tensor, unit: tl.tensor,
-    K: tl.constexpr, GROUP: tl.constexpr, FORMAT: tl.constexpr, SPLIT: tl.constexpr,
-    SCALED: tl.constexpr, BIASED: tl.constexpr, TILED: tl.constexpr, BLOCK_N: tl.constexpr,
+    x_scales: tl.tensor, bias: tl.tensor, residual: tl.tensor, out: tl.tensor, partial: tl.tensor,
+    arrivals: tl.tensor, M: tl.tensor, N: tl.tensor, num_splits: tl.tensor, stride_x: tl.tensor,
+    stride_r: tl.tensor, unit: tl.tensor, K: tl.constexpr, GROUP: tl.constexpr,
+    FORMAT: tl.constexpr, SPLIT: tl.constexpr, TILED: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_J: tl.constexpr, STAGES: tl.constexpr, USE_PTX: tl.constexpr,
-    ZEROS: tl.constexpr, EARLY: tl.constexpr, UNROLL: tl.constexpr,
+    ZEROS: tl.constexpr, EARLY: tl.constexpr, PREFETCH: tl.constexpr, THREADS: tl.constexpr,
+    UNROLL: tl.constexpr,
 ) -> None:  # fmt: skip
     """BLOCK_N weight rows by BLOCK_M tokens over one of `num_splits` spans of K.
 
@@ -151,10 +159,10 @@ def _w4_gemm_kernel(
     TRIPS: tl.constexpr = STEPS // UNROLL
     first, last = TRIPS * i_split // num_splits, TRIPS * (i_split + 1) // num_splits
     if EARLY:
-        gdc_launch_dependents()
-        if TILED:
+        if PREFETCH > 0:
             # no kernel writes weights: theirs may travel while the kernel ahead drains
-            _prefetch_tiles(data, tl.program_id(1), first * UNROLL // PER_TILE, N, K, BLOCK_N)
+            i_first = first * UNROLL // PER_TILE
+            _prefetch_tiles(data, tl.program_id(1), i_first, N, K, BLOCK_N, PREFETCH, THREADS)
         gdc_wait()
     o_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     o_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -197,38 +205,16 @@ def _w4_gemm_kernel(
                     b_acc += _scaled(
                         b_p, scales, zeros, p_sums + k // SPAN, k // GROUP, o_row, N, ZEROS, CENTRE
                     )
-    done = True
-    if SPLIT:
-        i_block = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
-        o_block = tl.arange(0, BLOCK_N)[:, None] * BLOCK_M + tl.arange(0, BLOCK_M)[None, :]
-        p_block = partial + i_block.to(tl.int64) * num_splits * (BLOCK_N * BLOCK_M) + o_block
-        tl.store(p_block + i_split * (BLOCK_N * BLOCK_M), b_acc)
-        tl.debug_barrier()
-        done = tl.atomic_add(arrivals + i_block, 1, sem="acq_rel") == num_splits - 1
-    if done:
-        if SPLIT:
-            # the last to arrive adds all spans in order: the sum does not depend on who it is
-            b_acc = tl.zeros((BLOCK_N, BLOCK_M), HELD)
-            for i in range(num_splits):
-                b_acc += tl.load(p_block + i * (BLOCK_N * BLOCK_M), cache_modifier=".cg")
-            tl.store(arrivals + i_block, 0)
-        b_sum = b_acc.to(tl.float32)
-        if ROWWISE:
-            b_sum *= tl.load(scales + o_row)[:, None]
-        m_m, m_n = o_m < M, o_n < N
-        b_out = tl.trans(b_sum) * unit
-        if SCALED:
-            b_out *= tl.load(x_scales + o_m, mask=m_m, other=0.0)[:, None]
-        if BIASED:
-            b_out += tl.load(bias + o_n, mask=m_n, other=0.0).to(tl.float32)[None, :]
-        p_out = out + o_m.to(tl.int64)[:, None] * N + o_n[None, :]
-        tl.store(p_out, b_out.to(out.dtype.element_ty), mask=m_m[:, None] & m_n[None, :])
+    finish(
+        b_acc, scales, x_scales, bias, residual, out, partial, arrivals, o_m, o_n, M, N,
+        num_splits, stride_r, unit, SPLIT, ROWWISE, EARLY, BLOCK_N, BLOCK_M,
+    )  # fmt: skip
 
 
 def w4_gemm_triton(
     x: torch.Tensor, weight: PackedWeight, *, out_dtype: torch.dtype,
     x_scales: torch.Tensor | None = None, bias: torch.Tensor | None = None,
-    config: GemmConfig | None = None,
+    residual: torch.Tensor | None = None, config: GemmConfig | None = None,
 ) -> torch.Tensor:  # fmt: skip
     """`w4_gemm` on the device of `x`; `config` replaces the one chosen for the shape."""
     _check(x, weight)
@@ -250,25 +236,18 @@ def w4_gemm_triton(
         scheme="" if shifted else _scheme(x, weight),
     )  # fmt: skip
     steps = width // (2 * min(group, TILE_K // 2))
-    blocks = (-(-tokens // config.block_m), -(-features // config.block_n))
-    if math.prod(blocks) > _MOST_BLOCKS:
-        config = replace(config, splits=1)  # they fill any device, and counters are as many
-    grid = (*blocks, config.splits)
-    partial = arrivals = out  # never touched by a single span
-    if config.splits > 1:
-        held = torch.int32 if rowwise and weight.format is Format.HI4 else torch.float32
-        size = math.prod(grid) * config.block_m * config.block_n
-        partial = torch.empty(size, dtype=held, device=x.device)
-        arrivals = _arrivals(x.device)
-    _w4_gemm_kernel[grid](
-        x, weight.data, weight.scales, zeros, sums, x_scales, bias, out, partial, arrivals, tokens,
-        features, config.splits, x.stride(0), unit, K=width, GROUP=group,
-        FORMAT=weight.format.value, SPLIT=config.splits > 1, SCALED=x_scales is not None,
-        BIASED=bias is not None, TILED=weight.data.ndim == 4, BLOCK_N=config.block_n,
-        BLOCK_M=config.block_m, BLOCK_J=min(group, TILE_K // 2), STAGES=config.num_stages,
-        USE_PTX=config.use_ptx and x.element_size() <= 2, ZEROS=shifted, EARLY=config.early,
+    held = torch.int32 if rowwise and weight.format is Format.HI4 else torch.float32
+    spans = Spans.of(config, tokens, features, held, out)
+    tiled = weight.data.ndim == 4
+    _w4_gemm_kernel[spans.grid](
+        x, weight.data, weight.scales, zeros, sums, x_scales, bias, residual, out, spans.partial,
+        spans.arrivals, tokens, features, spans.count, x.stride(0), residual_stride(residual, out),
+        unit, K=width, GROUP=group, FORMAT=weight.format.value, SPLIT=spans.count > 1, TILED=tiled,
+        BLOCK_N=config.block_n, BLOCK_M=config.block_m, BLOCK_J=min(group, TILE_K // 2),
+        STAGES=config.num_stages, USE_PTX=config.use_ptx and x.element_size() <= 2, ZEROS=shifted,
+        EARLY=config.early, PREFETCH=config.prefetch * tiled, THREADS=32 * config.num_warps,
         UNROLL=config.unroll if steps % config.unroll == 0 else 1,
-        num_warps=config.num_warps, num_stages=config.num_stages, **early_launch(config.early),
+        **config.options,
     )  # fmt: skip
     return out
 
@@ -279,15 +258,6 @@ def _scheme(x: torch.Tensor, weight: PackedWeight) -> str:
     if weight.format is Format.HI4:
         name += "-channel" if weight.group_size == weight.in_features else "-group"
     return name + "-tiled" * (weight.data.ndim == 4)
-
-
-@cache
-def _arrivals(device: torch.device) -> torch.Tensor:
-    """Zeroed counters, one per block, which every launch leaves at zero again.
-
-    They are the device's, not the call's: GEMMs of one device run one after another.
-    """
-    return torch.zeros(_MOST_BLOCKS, dtype=torch.int32, device=device)
 
 
 def padded(x: torch.Tensor) -> torch.Tensor:

@@ -5,17 +5,20 @@ from __future__ import annotations
 import importlib
 import json
 import sys
+from dataclasses import replace
 from itertools import product
 from typing import Any
 
 import torch
 from compile_for_hopper import build, describe
+from machine_code import overwritten_operands
 
 from epd_kernels.launch import GemmConfig, gemm_config
 
 gemm = importlib.import_module("epd_kernels.w4_gemm")
 widen_16 = importlib.import_module("epd_kernels.w4_widen")
 widen = importlib.import_module("epd_kernels.w4_dequant")
+folded = importlib.import_module("epd_kernels.w4_folded")
 
 WIDTH = 4096
 SCHEMES = {
@@ -25,6 +28,7 @@ SCHEMES = {
     "hi4-int8": ("hi4", "i8", 128),
     "hi4-int8-row": ("hi4", "i8", WIDTH),
 }
+FOLDED = ((128, 64, 4, 4), (64, 64, 4, 4), (128, 128, 4, 4), (256, 128, 8, 4))
 
 
 def widening(code: str) -> dict[str, Any]:
@@ -44,26 +48,48 @@ def widening_16() -> dict[str, Any]:
 def product_of(scheme: str, config: GemmConfig, *, tiled: bool = False) -> dict[str, Any]:
     """One GEMM, with the lane-instructions of its loop per weight."""
     code, dtype, group = SCHEMES[scheme]
-    types = {"x": f"*{dtype}", "data": "*u8", "bias": "*bf16", "out": "*bf16", "unit": "fp32",
-             "arrivals": "*i32", "partial": "*i32" if group == WIDTH else "*fp32"}  # fmt: skip
+    types = {"x": f"*{dtype}", "data": "*u8", "bias": "*bf16", "residual": "*bf16", "out": "*bf16",
+             "unit": "fp32", "arrivals": "*i32",
+             "partial": "*i32" if group == WIDTH else "*fp32"}  # fmt: skip
     types |= dict.fromkeys(("scales", "zeros", "sums", "x_scales"), "*fp32")
     fixed = {
-        "K": WIDTH, "GROUP": group, "FORMAT": code, "SPLIT": config.splits > 1, "SCALED": True,
-        "BIASED": True, "TILED": tiled, "BLOCK_N": config.block_n, "BLOCK_M": config.block_m,
-        "BLOCK_J": 64, "STAGES": config.num_stages, "USE_PTX": True, "EARLY": config.early,
-        "UNROLL": config.unroll, "ZEROS": scheme == "u4-fp8",
+        "K": WIDTH, "GROUP": group, "FORMAT": code, "SPLIT": config.splits > 1, "TILED": tiled,
+        "BLOCK_N": config.block_n, "BLOCK_M": config.block_m, "BLOCK_J": 64,
+        "STAGES": config.num_stages, "USE_PTX": True, "EARLY": config.early,
+        "PREFETCH": config.prefetch, "THREADS": 32 * config.num_warps, "UNROLL": config.unroll,
+        "ZEROS": scheme == "u4-fp8",
     }  # fmt: skip
+    return _counted(gemm._w4_gemm_kernel, types, fixed, config)
+
+
+def folded_product(config: GemmConfig) -> dict[str, Any]:
+    """The product whose scales are folded into its operand."""
+    types = {"x": "*fp8e4nv", "data": "*u8", "ratios": "*i32", "residual": "*bf16",
+             "out": "*bf16", "arrivals": "*i32", "partial": "*fp32"}  # fmt: skip
+    types |= dict.fromkeys(("row_scales", "x_scales"), "*fp32")
+    fixed = {
+        "bias": None, "residual": None, "K": WIDTH, "SPLIT": config.splits > 1, "TILED": True,
+        "BLOCK_N": config.block_n, "BLOCK_M": config.block_m, "STAGES": config.num_stages,
+        "USE_PTX": True, "ENCODE": False, "EARLY": config.early, "UNROLL": config.unroll,
+    }  # fmt: skip
+    return _counted(folded._folded_kernel, types, fixed, config)
+
+
+def _counted(
+    kernel: Any, types: dict[str, str], fixed: dict[str, Any], config: GemmConfig
+) -> dict[str, Any]:
     built = build(
-        gemm._w4_gemm_kernel, types, fixed, config.num_warps, config.num_stages,
-        even=("N", "stride_x"),
+        kernel, types, fixed, config.num_warps, config.num_stages,
+        even=("N", "stride_x", "stride_r"), registers=config.registers,
     )  # fmt: skip
     result = describe(built)
     # one trip of the loop takes 128 inputs of each row
     trip = config.block_n * 128 * config.unroll
     result["per_weight"] = result["loop"] * config.num_warps * 32 / trip
     # the last wait of a loop body that loads scales by hand would stall on memory
-    result["prefetches"] = built.asm["ptx"].count("prefetch.global.L2")
+    result["prefetches"] = built.asm["ptx"].count("prefetch.L2")
     result["loads"] = built.asm["ttgir"].split("scf.for")[1].split("scf.yield")[0].count("tt.load")
+    result["overwritten"] = overwritten_operands(built.asm["sass"])
     return result
 
 
@@ -77,8 +103,13 @@ def all_gemms() -> dict[str, dict[str, Any]]:
     for warps, block_n, tokens in ((4, 64, 16), (4, 128, 64)):
         twice = GemmConfig(block_n, tokens, 1, warps, 3, unroll=2)
         found[f"twice-{tokens}"] = product_of("sm7-fp8", twice, tiled=True)
-    split = GemmConfig(64, 16, 4, 4, 4, early=True)
-    return found | {"split-early": product_of("sm7-fp8", split, tiled=True)}
+    found["twice-row"] = product_of("hi4-int8-row", replace(twice, splits=2), tiled=True)
+    split = GemmConfig(128, 16, 4, 4, 4, early=True, prefetch=8)
+    found["split-early"] = product_of("sm7-fp8", split, tiled=True)
+    for block_n, tokens, warps, stages in FOLDED:
+        config = GemmConfig(block_n, tokens, 1, warps, stages)
+        found[f"folded-{block_n}x{tokens}"] = folded_product(config)
+    return found
 
 
 if __name__ == "__main__":

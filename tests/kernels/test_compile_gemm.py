@@ -58,6 +58,21 @@ def test_two_steps_per_trip(compiled, tokens, limit):
 
 
 def test_split_products_can_start_early(compiled):
-    """And send for their first tiles before they wait: two lines per thread."""
-    assert compiled["split-early"]["prefetches"] == 2
-    assert compiled["split-early"]["wgmma"] == {"e4m3": 4}
+    """And send for their first tiles before they wait, one instruction per strip of 64 rows."""
+    assert compiled["split-early"]["prefetches"] == 1
+    assert set(compiled["split-early"]["wgmma"]) == {"e4m3"}
+
+
+def test_no_operand_is_overwritten_while_a_product_reads_it(compiled):
+    found = {name: r["overwritten"] for name, r in compiled.items() if "overwritten" in r}
+    assert len(found) > 15
+    assert {name: lines for name, lines in found.items() if lines} == {}
+
+
+@pytest.mark.parametrize(
+    ("tile", "limit"), [("128x64", 2.4), ("64x64", 3.0), ("128x128", 2.4), ("256x128", 2.4)]
+)
+def test_folded_products(compiled, tile, limit):
+    result = compiled[f"folded-{tile}"]
+    assert set(result["wgmma"]) == {"e4m3"} and not result["mma"] and not result["loads"]
+    assert 0.5 < result["per_weight"] < limit

@@ -80,6 +80,28 @@ def test_fused_norm_feeds_the_product(scheme):
     assert torch.equal(layer.multiply(codes, scales, dtype=x.dtype), layer(normed))
 
 
+@pytest.mark.parametrize("scheme", list(Scheme), ids=lambda s: s.value)
+def test_multiply_adds_a_residual_after_the_rounding(scheme):
+    layer = QuantLinear(quantize_weight(_weight(), group_size=128), scheme)
+    x, residual = _weight(17, seed=4).bfloat16(), _weight(17, 40, seed=5).bfloat16()
+    codes, scales = QUANTIZE[scheme](x) if scheme in QUANTIZE else (x, None)
+    plain = layer.multiply(codes, scales, dtype=torch.bfloat16)
+    fused = layer.multiply(codes, scales, dtype=torch.bfloat16, residual=residual)
+    assert torch.equal(fused, plain + residual)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tokens", [16, 65, 200, 600])
+@pytest.mark.parametrize("scheme", list(Scheme), ids=lambda s: s.value)
+def test_every_batch_size_gives_the_same_rows(scheme, tokens, gpu, assert_close):
+    """Whatever kernel a batch takes, its first rows are those of a single token's, nearly."""
+    layer = QuantLinear(quantize_weight(_weight(512, 1024), group_size=128), scheme)
+    layer = layer.to(gpu.device)
+    x = _weight(tokens, 1024, seed=2).bfloat16().to(gpu.device)
+    # the second rounding of a folded or widened weight
+    assert_close(layer(x)[:1], layer(x[:1]).float(), ratio=0.04)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("scheme", list(Scheme), ids=lambda s: s.value)
 def test_gpu_equals_cpu(scheme, gpu, assert_close):

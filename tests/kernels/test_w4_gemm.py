@@ -128,17 +128,41 @@ def test_splits_of_k(scheme, splits, backend, assert_close):
     assert_close(outs[0], wide @ dense.t(), ratio=_ratio(scheme, backend, outs[0]))
 
 
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("splits", [1, 2])
+def test_a_residual_is_added_after_the_rounding(scheme, splits, backend):
+    """As a separate addition would, bit for bit, and from rows that lie apart."""
+    run = backend.op("w4_gemm", "w4_gemm")
+    options = {} if backend.name == "ref" else {"config": GemmConfig(32, 16, splits, 4, 1)}
+    x, scales, packed, _, _ = _operands(scheme, 17, 70, 256, 128, torch.float32, backend.device)
+    residual = torch.randn(34, 70, generator=torch.Generator().manual_seed(2)).half()[::2]
+    residual = residual.to(backend.device)
+    run = partial(run, x, packed, out_dtype=torch.float16, x_scales=scales, **options)
+    assert torch.equal(run(residual=residual), run() + residual)
+
+
+def test_refuses_a_residual_of_another_shape_or_dtype(backend):
+    if backend.name == "ref":
+        pytest.skip("torch would broadcast it")
+    x, _, packed, _, _ = _operands("w4a16-u4", 5, 70, 256, 128, torch.float32, backend.device)
+    run = partial(backend.op("w4_gemm", "w4_gemm"), x, packed, out_dtype=torch.float32)
+    for residual in (torch.zeros(5, 64), torch.zeros(5, 70).half(), torch.zeros(70, 5).t()):
+        with pytest.raises(FormatError, match=r"residual must be torch\.float32 \[5, 70\]"):
+            run(residual=residual.to(backend.device))
+
+
 def test_more_blocks_than_counters(backend, monkeypatch):
     """A launch that asks to split K still runs, on one span, where its blocks are too many."""
     if backend.name == "ref":
         pytest.skip("the reference has no launch")
-    gemm = importlib.import_module("epd_kernels.w4_gemm")
+    epilogue = importlib.import_module("epd_kernels.w4_epilogue")
     x, scales, packed, _, _ = _operands(
         "w4a8-int8-hi4", 40, 70, 1024, 128, torch.float32, backend.device
     )
-    run = partial(gemm.w4_gemm_triton, x, packed, out_dtype=torch.float32, x_scales=scales)
+    run = backend.op("w4_gemm", "w4_gemm")
+    run = partial(run, x, packed, out_dtype=torch.float32, x_scales=scales)
     expected = run(config=GemmConfig(32, 16, 1, 4, 1))
-    monkeypatch.setattr(gemm, "_MOST_BLOCKS", 8)
+    monkeypatch.setattr(epilogue, "_MOST_BLOCKS", 8)
     assert torch.equal(run(config=GemmConfig(32, 16, 2, 4, 1)), expected)
 
 

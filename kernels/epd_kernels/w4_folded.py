@@ -1,0 +1,234 @@
+"""Middling batches in W4A8-FP8: group scales folded into the eight-bit operand as it is decoded.
+
+    r[n, g]  = round_fp16(s[g, n] / t[n])                       t: one scale per row, see w4_dequant
+    w8[n, k] = +-T[abs(code)],   T[m] = round_e4m3(round_fp16(m * r[n, g])),   m = 0..7
+    y[m, n]  = s_x[m] * t[n] * sum_k x[m, k] w8[n, k] + bias[n]
+
+`w4_gemm` promotes every group to fp32 with its scale. That costs little while tokens are few; from
+some dozens on it takes a second set of accumulators, and with it the registers of a third program
+per multiprocessor. Here a group's scale is in the eight bytes T, which fit two registers: four
+codes find their bytes with one byte permutation, signs are or-ed in, and the whole row is summed in
+one set of accumulators. The numbers are those of `w4a8_fp8_large`, which writes the same w8 to
+memory, and so is the arithmetic: sums in the tensor core's own accumulator of about 14 bits.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from .errors import FormatError
+from .launch import (
+    INTERPRETED,
+    GemmConfig,
+    constant,
+    gdc_wait,
+    gemm_config,
+    jit,
+    tl,
+)
+from .packing import TILE_K, Format, PackedWeight
+from .w4_dequant import dequantize_fp8_ref, fp8_row_scales, widened
+from .w4_epilogue import Spans, finish, residual_stride
+from .w4_gemm import padded
+
+__all__ = ["FoldedScales", "fold_scales", "folds", "w4a8_fp8_folded", "w4a8_fp8_folded_ref"]
+
+# $2 holds a ratio twice, as two fp16; $0 and $1 receive T[0..3] and T[4..7]
+_TABLE = constant("""{
+    .reg .b32 m, p, q;
+    .reg .b16 low, high;
+    mov.b32 m, 0x3C000000;
+    mul.rn.f16x2 p, $2, m;
+    mov.b32 m, 0x42004000;
+    mul.rn.f16x2 q, $2, m;
+    cvt.rn.satfinite.e4m3x2.f16x2 low, p;
+    cvt.rn.satfinite.e4m3x2.f16x2 high, q;
+    mov.b32 $0, {low, high};
+    mov.b32 m, 0x45004400;
+    mul.rn.f16x2 p, $2, m;
+    mov.b32 m, 0x47004600;
+    mul.rn.f16x2 q, $2, m;
+    cvt.rn.satfinite.e4m3x2.f16x2 low, p;
+    cvt.rn.satfinite.e4m3x2.f16x2 high, q;
+    mov.b32 $1, {low, high};
+}""")
+# A product reads the registers of its operand until it is waited for, and Triton 3.6 waits too late
+# where only the next product follows. A use of the sum makes it wait in time, for no instruction.
+_SETTLE = constant("mov.b32 $0, $1;")
+# $2 holds four packed bytes, $3 and $7 the table. The fourth bit of a permutation's selector would
+# copy a sign, so only the three bits of a magnitude may select; A and B come interleaved.
+_LOOK_UP = constant("""{
+    .reg .b32 at, first, second, a, b;
+    and.b32 at, $2, 0x77777777;
+    prmt.b32 first, $3, $7, at;
+    shr.u32 at, at, 16;
+    prmt.b32 second, $3, $7, at;
+    prmt.b32 a, first, second, 0x6420;
+    prmt.b32 b, first, second, 0x7531;
+    lop3.b32 $0, $2, 0x80808080, a, 0xEA;
+    shl.b32 at, $2, 4;
+    lop3.b32 $1, at, 0x80808080, b, 0xEA;
+}""")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class FoldedScales:
+    """What the folded product needs of a weight's scales: `ratios` int32 `[Gp, N]`, `rows` `[N]`.
+
+    A word holds r twice, as fp16, so that one multiplication makes two entries of T.
+    """
+
+    ratios: torch.Tensor
+    rows: torch.Tensor
+
+
+def folds(weight: PackedWeight) -> bool:
+    """Whether the scales of `weight` can be folded: SM7, with groups of 128."""
+    return weight.format is Format.SM7 and weight.group_size == TILE_K
+
+
+def fold_scales(weight: PackedWeight, row_scales: torch.Tensor | None = None) -> FoldedScales:
+    """The folded scales of a weight in SM7 with groups of 128; `FormatError` for any other."""
+    if not folds(weight):
+        raise FormatError(
+            f"scales fold into SM7 weights with groups of {TILE_K}, found {weight.format.name} "
+            f"with groups of {weight.group_size}"
+        )
+    rows = fp8_row_scales(weight) if row_scales is None else row_scales
+    ratios = (weight.scales / rows).half()
+    return FoldedScales(torch.stack((ratios, ratios), -1).view(torch.int32).squeeze(-1), rows)
+
+
+def w4a8_fp8_folded(
+    x: torch.Tensor, weight: PackedWeight, *, out_dtype: torch.dtype, x_scales: torch.Tensor,
+    bias: torch.Tensor | None = None, residual: torch.Tensor | None = None,
+    folded: FoldedScales | None = None,
+) -> torch.Tensor:  # fmt: skip
+    """What `w4_gemm` returns for e4m3 `x [M, K]`, to within the second rounding of the weight.
+
+    `folded` is `fold_scales(weight)`, where the caller keeps it. Raises `FormatError` unless the
+    weight is in SM7 with groups of 128.
+    """
+    folded = folded or fold_scales(weight)
+    run = w4a8_fp8_folded_triton if x.is_cuda else w4a8_fp8_folded_ref
+    return run(
+        x, weight, out_dtype=out_dtype, x_scales=x_scales, bias=bias, residual=residual,
+        folded=folded,
+    )  # fmt: skip
+
+
+def w4a8_fp8_folded_ref(
+    x: torch.Tensor, weight: PackedWeight, *, out_dtype: torch.dtype, x_scales: torch.Tensor,
+    folded: FoldedScales, bias: torch.Tensor | None = None, residual: torch.Tensor | None = None,
+) -> torch.Tensor:  # fmt: skip
+    """`w4a8_fp8_folded` in torch, fp32."""
+    codes, rows = dequantize_fp8_ref(weight, folded.rows)
+    out = padded(x).float() @ codes.float().t() * x_scales[:, None] * rows
+    out = (out if bias is None else out + bias.float()).to(out_dtype)
+    return out if residual is None else out + residual
+
+
+@jit
+def _operands(
+    b_q: tl.tensor, b_ratio: tl.tensor, USE_PTX: tl.constexpr, ENCODE: tl.constexpr
+) -> tl.tensor:
+    """The two e4m3 operands of a block of SM7 bytes with a ratio, twice in a word, per row."""
+    if USE_PTX:
+        b_low, b_high = tl.inline_asm_elementwise(
+            _TABLE, "=r,=r,r", [b_ratio], dtype=(tl.int32, tl.int32), is_pure=True, pack=1
+        )
+        b_low = tl.broadcast_to(b_low[:, None], b_q.shape)
+        b_high = tl.broadcast_to(b_high[:, None], b_q.shape)
+        b_a, b_b = tl.inline_asm_elementwise(
+            _LOOK_UP, "=r,=r,r,r,r,r,r,r,r,r,r", [b_q, b_low, b_high], dtype=(tl.uint8, tl.uint8),
+            is_pure=True, pack=4,
+        )  # fmt: skip
+    else:
+        # a byte is the e4m3 number code / 512
+        b_r = (b_ratio & 0xFFFF).to(tl.uint16).to(tl.float16, bitcast=True) * 512.0
+        b_r = tl.broadcast_to(b_r.to(tl.float16)[:, None], b_q.shape)
+        b_a = widened(b_q & 0x87, b_r, 0.0, ENCODE)
+        b_b = widened(((b_q >> 4) & 0x07) | ((b_q << 4) & 0x80), b_r, 0.0, ENCODE)
+    return b_a.to(tl.float8e4nv, bitcast=True), b_b.to(tl.float8e4nv, bitcast=True)
+
+
+@jit
+def _folded_kernel(
+    x: tl.tensor, data: tl.tensor, ratios: tl.tensor, row_scales: tl.tensor, x_scales: tl.tensor,
+    bias: tl.tensor, residual: tl.tensor, out: tl.tensor, partial: tl.tensor, arrivals: tl.tensor,
+    M: tl.tensor, N: tl.tensor, num_splits: tl.tensor, stride_x: tl.tensor, stride_r: tl.tensor,
+    K: tl.constexpr, SPLIT: tl.constexpr, TILED: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr, STAGES: tl.constexpr, USE_PTX: tl.constexpr, ENCODE: tl.constexpr,
+    EARLY: tl.constexpr, UNROLL: tl.constexpr,
+) -> None:  # fmt: skip
+    """BLOCK_N weight rows by BLOCK_M tokens over one of `num_splits` spans of K."""
+    TRIPS: tl.constexpr = K // 128 // UNROLL
+    TILE: tl.constexpr = 4096 if TILED else 64
+    i_split = tl.program_id(2)
+    first, last = TRIPS * i_split // num_splits, TRIPS * (i_split + 1) // num_splits
+    if EARLY:
+        gdc_wait()
+    o_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    o_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    o_j = tl.arange(0, 64)
+    o_row = tl.minimum(o_n, N - 1)
+    o_token = tl.minimum(o_m, M - 1).to(tl.int64)
+    if TILED:
+        o_data = (o_row // 64).to(tl.int64) * (32 * K) + (o_row % 64) * 64
+    else:
+        o_data = o_row.to(tl.int64) * (K // 2)
+    p_data = data + o_data[:, None] + o_j[None, :]
+    p_x = x + o_token[None, :] * stride_x + o_j[:, None]
+    b_acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    for i_trip in tl.range(first, last, num_stages=STAGES):
+        for i_step in tl.static_range(UNROLL):
+            i = i_trip * UNROLL + i_step
+            b_q = tl.load(p_data + i * TILE)
+            b_xa = tl.load(p_x + i * 128)
+            b_xb = tl.load(p_x + i * 128 + 64)
+            b_a, b_b = _operands(b_q, tl.load(ratios + i * N + o_row), USE_PTX, ENCODE)
+            b_acc = tl.dot(b_a, b_xa, b_acc)
+            b_acc = tl.dot(b_b, b_xb, b_acc)
+            if not ENCODE:
+                b_acc = tl.inline_asm_elementwise(
+                    _SETTLE, "=f,f", [b_acc], dtype=tl.float32, is_pure=True, pack=1
+                )
+    finish(
+        b_acc, row_scales, x_scales, bias, residual, out, partial, arrivals, o_m, o_n, M, N,
+        num_splits, stride_r, 1.0, SPLIT, True, EARLY, BLOCK_N, BLOCK_M,
+    )  # fmt: skip
+
+
+def w4a8_fp8_folded_triton(
+    x: torch.Tensor, weight: PackedWeight, *, out_dtype: torch.dtype, x_scales: torch.Tensor,
+    folded: FoldedScales, bias: torch.Tensor | None = None, residual: torch.Tensor | None = None,
+    config: GemmConfig | None = None,
+) -> torch.Tensor:  # fmt: skip
+    """`w4a8_fp8_folded` on the device of `x`; `config` replaces the one chosen for the shape."""
+    tokens, features, tiled = x.shape[0], weight.out_features, weight.data.ndim == 4
+    if x.dtype != torch.float8_e4m3fn or x.shape[1] != weight.in_features:
+        raise FormatError(
+            f"x must be e4m3 with {weight.in_features} features, found {x.dtype} {list(x.shape)}"
+        )
+    out = torch.empty(tokens, features, dtype=out_dtype, device=x.device)
+    if not tokens:
+        return out
+    x = padded(x)
+    width = x.shape[1]
+    config = config or gemm_config(
+        x.device, M=tokens, N=features, K=width, bits=8,
+        scheme="w4a8-fp8-folded" + "-tiled" * tiled,
+    )  # fmt: skip
+    spans = Spans.of(config, tokens, features, torch.float32, out)
+    _folded_kernel[spans.grid](
+        x, weight.data, folded.ratios, folded.rows, x_scales, bias, residual, out, spans.partial,
+        spans.arrivals, tokens, features, spans.count, x.stride(0), residual_stride(residual, out),
+        K=width, SPLIT=spans.count > 1, TILED=tiled, BLOCK_N=config.block_n,
+        BLOCK_M=config.block_m, STAGES=config.num_stages, USE_PTX=config.use_ptx,
+        ENCODE=INTERPRETED, EARLY=config.early,
+        UNROLL=config.unroll if width // TILE_K % config.unroll == 0 else 1,
+        **config.options,
+    )  # fmt: skip
+    return out
