@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn import functional
 
 from .activations import quantize_fp8, quantize_int8
+from .cpu_int4 import CpuInt4, suits_cpu_int4
 from .launch import device_facts
 from .packing import Format, QuantWeight, pack
 from .w4_dequant import fp8_row_scales, w4a8_fp8_large
@@ -58,7 +59,7 @@ class QuantLinear(nn.Module):
     On a CPU the weight is unpacked at first use and kept: as int8 codes for W4A8-INT8 with one
     group per row, where torch's integer product is exact and (measured with AMX, 2048 x 1024) 2 to
     7 times as fast as fp32, and otherwise dequantised, since unpacking at every call costs several
-    times the product.
+    times the product. A few bf16 tokens take torch's four-bit product (`CpuInt4`) instead.
     """
 
     bias: torch.Tensor | None
@@ -75,6 +76,7 @@ class QuantLinear(nn.Module):
         self.out_features = self.weight.out_features
         self.register_buffer("bias", bias, persistent=False)
         self._dense: dict[torch.dtype, torch.Tensor] = {}
+        self._few: CpuInt4 | None = None
         self._row_scales: torch.Tensor | None = None
         self._folded: FoldedScales | None = None
         self._prepare()
@@ -129,13 +131,16 @@ class QuantLinear(nn.Module):
     def _on_cpu(
         self, codes: torch.Tensor, scales: torch.Tensor | None, dtype: torch.dtype
     ) -> torch.Tensor:
-        if scales is None:
+        if suits_cpu_int4(self.weight, len(codes), dtype):
+            self._few = self._few or CpuInt4(self.weight.unpack())
+            out = self._few(codes).float()
+        elif scales is None:
             return functional.linear(codes, self._kept(codes.dtype), self.bias).to(dtype)
-        if codes.dtype == torch.int8 and self.weight.group_size == self.in_features:
+        elif codes.dtype == torch.int8 and self.weight.group_size == self.in_features:
             out = torch._int_mm(codes, self._kept(torch.int8).t()) * self.weight.scales
         else:
             out = codes.float() @ self._kept(torch.float32).t()
-        out = out * scales[:, None]
+        out = out if scales is None else out * scales[:, None]
         return (out if self.bias is None else out + self.bias.float()).to(dtype)
 
     def _is_widened(self, codes: torch.Tensor) -> bool:
@@ -170,6 +175,7 @@ class QuantLinear(nn.Module):
         """Packed tensors follow the module's device but never its dtype."""
         self.weight = self.weight.to(fn(self.weight.data).device)
         self._dense.clear()
+        self._few = None
         self._prepare()
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # untyped in torch
         return self
