@@ -248,7 +248,8 @@ def _combine_kernel(
     b_l = tl.load(p_stats + 1, mask=m_s, other=0.0)
     top = tl.max(b_m, axis=0)
     b_w = tl.exp2(b_m - tl.where(top == float("-inf"), 0.0, top))
-    m_o = m_s[:, None] & (o_d < D)[None, :]
+    # an empty split may have left its outputs unwritten
+    m_o = (b_m > float("-inf"))[:, None] & (o_d < D)[None, :]
     p_o = partial + (i_row * SPLITS + o_s)[:, None] * D + o_d[None, :]
     b_o = tl.sum(tl.load(p_o, mask=m_o, other=0.0) * b_w[:, None], axis=0)
     total = tl.sum(b_l * b_w, axis=0)

@@ -6,7 +6,8 @@ s of a key, and t, y those of a value's scale and zero,
     scale * q.k = s * (q.u - z * sum q),     sum p v = sum (p t) u - sum (p t) y
 
 so codes meet the matrix unit as they are (see `coded_tile`), and everything per token is applied
-to scores and weights. Many queries per sequence take another way (see `widened_kv`).
+to scores and weights. Decoding over INT4 runs by single warps where heads have 64 or 128 channels
+(see `warp_decode`); many queries per sequence take another way (see `widened_kv`).
 
 Everything a query sees was coded before, its own step's keys included: a prompt in one piece, in
 chunks, or behind a cached prefix meets the same codes.
@@ -26,6 +27,7 @@ from .fp8_scores import attend_fp8_scores, rounded_queries
 from .kv_codes import KVFormat, QuantKV, dequantize_kv
 from .launch import INTERPRETED, device_facts, jit, next_power_of_2, tl
 from .paged_attention import _combine_kernel, visible_rows
+from .warp_decode import WarpConfig, assembly, decode_warps_kernel, fits_warps
 from .widened_kv import attend_widened, widening_pays
 
 __all__ = ["CodedConfig", "coded_config", "quantized_attention", "quantized_attention_ref"]
@@ -219,11 +221,11 @@ def quantized_attention_triton(
     q: torch.Tensor, k_cache: QuantKV, v_cache: QuantKV, *,
     block_tables: torch.Tensor, cu_seqlens_q: torch.Tensor, seq_lens: torch.Tensor,
     scale: float, max_seqlen_q: int, max_seqlen_k: int, limits: torch.Tensor | None = None,
-    config: CodedConfig | None = None,
+    config: CodedConfig | WarpConfig | None = None,
 ) -> torch.Tensor:  # fmt: skip
     """`quantized_attention` on the device of `q`; `config` replaces the built-in choice."""
     tokens, heads, dim = q.shape
-    block_size, kv_heads = k_cache.codes.shape[1], k_cache.codes.shape[2]
+    kv_heads = k_cache.codes.shape[2]
     assert heads % kv_heads == 0 and dim == k_cache.head_dim and q.stride(-1) == 1
     for a, b in zip(k_cache, v_cache, strict=True):
         assert a.stride() == b.stride() and a.shape == b.shape and a.dtype == b.dtype
@@ -232,25 +234,20 @@ def quantized_attention_triton(
     if not tokens:
         return out
     group, num_seqs, decode = heads // kv_heads, len(seq_lens), max_seqlen_q == 1
+    if config is None and decode and not INTERPRETED and fits_warps(k_cache, group):
+        config = WarpConfig()
     config = config or coded_config(target=k_cache.format, head_dim=dim, rows=group, decode=decode)
     caches = (
-        k_cache.codes,
-        v_cache.codes,
-        *(c.scales.view(torch.int32) for c in (k_cache, v_cache)),
-    )
+        k_cache.codes, v_cache.codes, *(c.scales.view(torch.int32) for c in (k_cache, v_cache))
+    )  # fmt: skip
     lengths = (
         block_tables, cu_seqlens_q, seq_lens, seq_lens if limits is None else limits,
         scale * _LOG2_E, q.stride(0), q.stride(1), *k_cache.codes.stride()[:3],
         *k_cache.scales.stride(), block_tables.stride(0),
     )  # fmt: skip
-    options: dict[str, Any] = {
-        "BLOCK_SIZE": block_size, "BITS": 4 if k_cache.format is KVFormat.INT4 else 8,
-        "GROUP": group, "HALF": dim // 2, "BLOCK_M": config.block_m, "BLOCK_N": config.block_n,
-        "BLOCK_C": max(16, next_power_of_2(dim // 2)), "USE_PTX": config.use_ptx,
-        "num_warps": config.num_warps, "num_stages": config.num_stages,
-        "maxnreg": config.max_registers, "LIMITED": limits is not None,
-    }  # fmt: skip
+    options = _options(config, k_cache, group) | {"LIMITED": limits is not None}
     if not decode:
+        assert isinstance(config, CodedConfig)
         tiles = -(-max_seqlen_q // (config.block_m // group))
         _prefill_codes_kernel[(tiles, kv_heads, num_seqs)](q, *caches, out, *lengths, **options)
         return out
@@ -258,19 +255,37 @@ def quantized_attention_triton(
     rows = tokens * heads * splits if splits > 1 else 0
     partial = torch.empty(rows, dim, dtype=torch.float32, device=q.device)
     stats = torch.empty(rows, 2, dtype=torch.float32, device=q.device)
-    _decode_codes_kernel[(num_seqs, kv_heads, splits)](
+    kernel = decode_warps_kernel if isinstance(config, WarpConfig) else _decode_codes_kernel
+    kernel[(num_seqs, kv_heads, splits)](
         q, *caches, out, partial, stats, *lengths, SPLITS=splits, **options
     )
     if splits > 1:
+        block_d, block_s = max(16, next_power_of_2(dim)), next_power_of_2(splits)
         _combine_kernel[(tokens * heads,)](
-            partial, stats, out, D=dim, BLOCK_D=max(16, next_power_of_2(dim)), SPLITS=splits,
-            BLOCK_S=next_power_of_2(splits), num_warps=4,
+            partial, stats, out, D=dim, BLOCK_D=block_d, SPLITS=splits, BLOCK_S=block_s,
+            num_warps=max(4, block_s * block_d // 2048),
         )  # fmt: skip
     return out
 
 
+def _options(config: CodedConfig | WarpConfig, kv: QuantKV, group: int) -> dict[str, Any]:
+    """Constants and launch options of a kernel for `group` query heads per KV head."""
+    half = kv.head_dim // 2
+    options: dict[str, Any] = {
+        "BLOCK_SIZE": kv.codes.shape[1], "GROUP": group, "HALF": half,
+        "num_warps": config.num_warps, "maxnreg": config.max_registers,
+    }  # fmt: skip
+    if isinstance(config, WarpConfig):
+        return options | assembly(half // 16) | {"GROUPS": config.groups, "num_stages": 1}
+    return options | {
+        "BITS": 4 if kv.format is KVFormat.INT4 else 8, "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n, "BLOCK_C": max(16, next_power_of_2(half)),
+        "USE_PTX": config.use_ptx, "num_stages": config.num_stages,
+    }  # fmt: skip
+
+
 def coded_splits(
-    device: torch.device, programs: int, max_seqlen_k: int, config: CodedConfig
+    device: torch.device, programs: int, max_seqlen_k: int, config: CodedConfig | WarpConfig
 ) -> int:
     """Splits per sequence: the fewest under which the device is busy for the least time.
 

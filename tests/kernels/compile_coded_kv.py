@@ -12,6 +12,7 @@ from compile_for_hopper import LENGTHS, build, describe
 
 from epd_kernels import KVFormat
 from epd_kernels.quantized_attention import coded_config
+from epd_kernels.warp_decode import WarpConfig, assembly, decode_warps_kernel
 
 attention = importlib.import_module("epd_kernels.quantized_attention")
 store = importlib.import_module("epd_kernels.quantized_store")
@@ -72,6 +73,24 @@ def attention_kernels() -> dict[str, dict[str, Any]]:
     return found
 
 
+def warp_kernels() -> dict[str, dict[str, Any]]:
+    types = {**LENGTHS, "q": "*bf16", "out": "*bf16", "partial": "*fp32", "stats": "*fp32"}
+    types |= dict.fromkeys(("k_codes", "v_codes"), "*u8")
+    types |= dict.fromkeys(("k_scales", "v_scales"), "*i32")
+    config, found = WarpConfig(), {}
+    for half in (64, 32):
+        fixed = {"BLOCK_SIZE": 16, "GROUP": 4, "HALF": half, "GROUPS": config.groups,
+                 "LIMITED": False, "SPLITS": 32, **assembly(half // 16)}  # fmt: skip
+        built = build(decode_warps_kernel, types, fixed, 1, 1, registers=config.max_registers)
+        result = describe(built)
+        elements = 16 * config.groups * 4 * half
+        result["per_element"] = open_loop(built.asm["sass"]) * 32 / elements
+        result["shared"] = config.occupancy * (built.metadata.shared + 1024)
+        result["registers"] = config.occupancy * 32 * (config.max_registers or 255)
+        found[f"warps-{2 * half}"] = result
+    return found
+
+
 def widening_kernels() -> dict[str, dict[str, Any]]:
     found = {}
     for bits, codes in ((4, "*u8"), (8, "*fp8e4nv")):
@@ -108,6 +127,5 @@ def store_kernels() -> dict[str, dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    json.dump(
-        attention_kernels() | widening_kernels() | store_kernels() | score_kernels(), sys.stdout
-    )
+    kernels = attention_kernels() | warp_kernels() | widening_kernels() | store_kernels()
+    json.dump(kernels | score_kernels(), sys.stdout)

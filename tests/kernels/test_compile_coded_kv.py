@@ -38,6 +38,15 @@ def test_decode_programs_fit_a_multiprocessor(compiled):
         assert decode["shared"] <= 228 * 1024
 
 
+def test_warps_keep_codes_in_registers(compiled):
+    """Sixteen on a multiprocessor, at half the instructions of the tiles in shared memory."""
+    for dim, most in ((128, 2.1), (64, 3.2)):
+        found = compiled[f"warps-{dim}"]
+        assert found["mma"] and not found["wgmma"]
+        assert 1.0 < found["per_element"] < most
+        assert found["shared"] <= 64 * 1024 and found["registers"] <= 65536
+
+
 def test_fp8_scores_run_on_the_fp8_unit(compiled):
     """Scores as e4m3, values as bf16, nothing on the older instructions."""
     found = compiled["fp8-scores"]
