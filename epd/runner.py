@@ -15,6 +15,7 @@ from epd.models.context import ForwardContext
 from epd.request import TokenOutput
 from epd.sampler import SampleRow, sample
 from epd.step_arrays import StepTensors, send_step
+from epd_kernels.embed_tokens import embed_tokens
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -60,7 +61,8 @@ class ModelRunner:
     def hold_vision(self, request_id: str, tokens: Sequence[torch.Tensor]) -> None:
         """Keep the vision tokens of a request, one [tokens, hidden] per image."""
         if tokens:
-            self._vision[request_id] = [image.to(self._device) for image in tokens]
+            kind = self._decoder.dtype
+            self._vision[request_id] = [image.to(self._device, kind) for image in tokens]
 
     def drop_vision(self, request_id: str) -> None:
         """Forget them; idempotent."""
@@ -93,26 +95,18 @@ class ModelRunner:
 
     def _forward(self, chunks: Sequence[Chunk], step: StepTensors) -> torch.Tensor:
         """Normed hidden states of the rows that reach the end."""
-        hidden = self._embed(chunks, step.ids)
+        hidden = self._embed(step)
         context = ForwardContext(groups=step.groups, layer_group=self._layer_group, kv=self._pool)
         if self._stages is not None and any(chunk.dropped for chunk in chunks):
             return self._stages.forward(hidden, step.positions, context, chunks)
         return self._decoder.forward(hidden, step.positions, context)
 
-    def _embed(self, chunks: Sequence[Chunk], ids: torch.Tensor) -> torch.Tensor:
+    def _embed(self, step: StepTensors) -> torch.Tensor:
         """Decoder inputs [T, hidden]: token embeddings, vision tokens where an image stands."""
-        hidden, row = self._decoder.embed(ids), 0
-        for chunk in chunks:
-            sequence, start = chunk.sequence, chunk.sequence.num_computed
-            stop = start + chunk.length
-            for image, span in enumerate(sequence.spans):
-                low, high = max(span.start, start), min(span.stop, stop)
-                if low < high:
-                    tokens = self._vision[sequence.request_id][image]
-                    at = row + low - start
-                    hidden[at : at + high - low] = tokens[low - span.start : high - span.start]
-            row += chunk.length
-        return hidden
+        if not step.images:
+            return self._decoder.embed(step.ids)
+        vision = [self._vision[name][image][low:high] for name, image, low, high in step.images]
+        return embed_tokens(step.ids, self._decoder.embedding, torch.cat(vision), step.sources)
 
 
 def _sample_rows(chunks: Sequence[Chunk]) -> list[SampleRow]:

@@ -6,7 +6,7 @@ Lengths, block tables and slots are those of `AttentionBatch`.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -23,17 +23,32 @@ if TYPE_CHECKING:
 
     IntArray = np.ndarray[Any, np.dtype[np.int64 | np.int32]]
 
-__all__ = ["StepTensors", "send_step", "token_ids"]
+__all__ = ["ImageRows", "StepTensors", "send_step"]
 
 _ROUNDED = 16
 
 
+class ImageRows(NamedTuple):
+    """Vision tokens `start` to `stop - 1` of an image, which stand in a step."""
+
+    request_id: str
+    image: int
+    start: int
+    stop: int
+
+
 @dataclass(frozen=True, slots=True)
 class StepTensors:
-    """A step on the device. `last` int64 are the rows, at the end of the stack, that sample."""
+    """A step on the device. `last` int64 are the rows, at the end of the stack, that sample.
+
+    `images` end to end are the vision tokens of the step; `sources` int32 `[T]` says which of them
+    stands in a row, -1 for text.
+    """
 
     ids: torch.Tensor
     positions: torch.Tensor
+    sources: torch.Tensor
+    images: list[ImageRows]
     groups: tuple[AttentionBatch, ...]
     last: torch.Tensor
 
@@ -61,12 +76,16 @@ def send_step(
         groups = [_steady(group, block_size) for group in groups]
     ends = np.cumsum([chunk.rows(num_groups - 1) for chunk in chunks]) - 1
     sampling = np.fromiter((chunk.samples for chunk in chunks), np.bool_, len(chunks))
+    ids: list[int] = []
     positions: list[int] = []
     for chunk in chunks:
+        start = chunk.sequence.num_computed
+        ids += chunk.sequence.tokens[start : start + chunk.length]
         positions.extend(chunk.sequence.upcoming(chunk.length))
+    images, sources = _images(chunks, len(ids))
     sent = send_all(
         [
-            np.array(token_ids(chunks), np.int64), np.array(positions, np.int64), ends[sampling],
+            np.array(ids, np.int64), np.array(positions, np.int64), sources, ends[sampling],
             *(array for group in groups for array in group.arrays()),
         ], device,
     )  # fmt: skip
@@ -76,23 +95,32 @@ def send_step(
             slot_mapping=sent[at + 3], max_seqlen_q=group.most_queries,
             max_seqlen_k=group.most_keys,
         )
-        for at, group in zip(range(3, len(sent), 4), groups, strict=True)
+        for at, group in zip(range(4, len(sent), 4), groups, strict=True)
     )  # fmt: skip
-    return StepTensors(ids=sent[0], positions=sent[1], groups=batches, last=sent[2])
+    return StepTensors(
+        ids=sent[0], positions=sent[1], sources=sent[2], last=sent[3], images=images,
+        groups=batches,
+    )  # fmt: skip
 
 
-def token_ids(chunks: Sequence[Chunk]) -> list[int]:
-    """The tokens of a step, 0 where an image stands: placeholders may lie outside the embedding."""
-    flat: list[int] = []
+def _images(chunks: Sequence[Chunk], num_tokens: int) -> tuple[list[ImageRows], IntArray]:
+    """The images of a step, and the vision token of each row."""
+    sources = np.full(num_tokens, -1, np.int32)
+    images: list[ImageRows] = []
+    first = count = 0
     for chunk in chunks:
         sequence, start = chunk.sequence, chunk.sequence.num_computed
-        stop, row = start + chunk.length, len(flat)
-        flat += sequence.tokens[start:stop]
-        for span in sequence.spans:
-            low, high = max(span.start, start), min(span.stop, stop)
+        for image, span in enumerate(sequence.spans):
+            low, high = max(span.start, start), min(span.stop, start + chunk.length)
             if low < high:
-                flat[row + low - start : row + high - start] = [0] * (high - low)
-    return flat
+                rows = slice(first + low - start, first + high - start)
+                sources[rows] = np.arange(count, count + high - low)
+                images.append(
+                    ImageRows(sequence.request_id, image, low - span.start, high - span.start)
+                )
+                count += high - low
+        first += chunk.length
+    return images, sources
 
 
 def _group(chunks: Sequence[Chunk], group: int, size: int) -> _Group:

@@ -41,12 +41,14 @@ def token_counts(most: int) -> list[int]:
 def warm_prompts(
     runner: ModelRunner, config: EngineConfig, facts: ModelFacts, pruner: LayerPruner | None
 ) -> None:
-    """Run prompts that write no KV: alone, two at a time, and pruned where the decoder prunes."""
+    """Run prompts that write no KV: of each size, sampled from, of images, and pruned if any is."""
     counts = token_counts(min(config.max_batched_tokens, facts.max_position - 1))
     steps = [[_prompt(count, config, facts)] for count in counts]
     steps.append([_prompt(8, config, facts, sampling) for sampling in _SAMPLINGS])
+    steps.append([_picture(config, facts)])
     if pruner is not None:
-        steps.append([_pruned(config, facts, pruner)])
+        dropped = (0, *(_IMAGE - left for left in pruner.schedule.kept(_IMAGE)))
+        steps.append([_picture(config, facts, dropped)])
     runner.hold_vision(_NAME, [torch.zeros(_IMAGE, runner.hidden_size)])
     for chunks in steps:
         runner.run(chunks)
@@ -70,9 +72,8 @@ def _nowhere(length: int, config: EngineConfig, facts: ModelFacts) -> BlockTable
     return BlockTable([list(blocks) for _ in range(facts.num_groups)], [0] * facts.num_groups)
 
 
-def _pruned(config: EngineConfig, facts: ModelFacts, pruner: LayerPruner) -> Chunk:
-    """A prompt of one image that loses what the pruner's own schedule takes."""
+def _picture(config: EngineConfig, facts: ModelFacts, dropped: tuple[int, ...] = ()) -> Chunk:
+    """A prompt of one image, which loses `dropped` of its tokens before each layer group."""
     chunk = _prompt(_IMAGE + _TEXT, config, facts)
     chunk.sequence.spans = (ImageSpan(0, _IMAGE, _NAME),)
-    dropped = (0, *(_IMAGE - left for left in pruner.schedule.kept(_IMAGE)))
     return Chunk(chunk.sequence, chunk.length, True, dropped)
