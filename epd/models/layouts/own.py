@@ -1,4 +1,4 @@
-"""Our own layout, format version 1.
+"""Our own layout, format versions 1 and 2.
 
     weight_codes   uint8 [N, K / 2]   byte j: code of k = 2j in the low, of k = 2j + 1 in the high
                                       nibble, two's complement
@@ -6,6 +6,7 @@
     weight_zeros   int8  [N, K / g]   only when asymmetric
 
 FP8 weights are stored as compressed-tensors stores them: `weight` e4m3, `weight_scale` `[N, 1]`.
+Version 2 stores a layer of the vision side, or in FP8 the head, in the same way.
 """
 
 from __future__ import annotations
