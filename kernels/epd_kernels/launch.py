@@ -132,7 +132,8 @@ class GemmConfig:
     later); while it waits it sends for `prefetch` tiles of 128 inputs of a tiled weight. `unroll`
     steps of 128 input features share a trip of the loop where it divides their count; each stage
     then holds as many. `registers` bounds those of a thread, so that more programs share a
-    multiprocessor.
+    multiprocessor. With `turned` each tile of rows begins its span of K one trip further on, so
+    that not all of them ask for the same activations at once.
     """
 
     block_n: int
@@ -145,6 +146,7 @@ class GemmConfig:
     unroll: int = 1
     prefetch: int = 0
     registers: int | None = None
+    turned: bool = False
 
     @property
     def options(self) -> dict[str, int | bool]:

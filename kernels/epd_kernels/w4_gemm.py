@@ -138,7 +138,7 @@ def _w4_gemm_kernel(
     FORMAT: tl.constexpr, SPLIT: tl.constexpr, TILED: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_J: tl.constexpr, STAGES: tl.constexpr, USE_PTX: tl.constexpr,
     ZEROS: tl.constexpr, EARLY: tl.constexpr, PREFETCH: tl.constexpr, THREADS: tl.constexpr,
-    UNROLL: tl.constexpr,
+    UNROLL: tl.constexpr, TURNED: tl.constexpr,
 ) -> None:  # fmt: skip
     """BLOCK_N weight rows by BLOCK_M tokens over one of `num_splits` spans of K.
 
@@ -178,6 +178,9 @@ def _w4_gemm_kernel(
     p_sums = sums + o_token * (K // SPAN)
     b_acc = tl.zeros((BLOCK_N, BLOCK_M), HELD)
     for i_trip in tl.range(first, last, num_stages=STAGES):
+        if TURNED:
+            i_trip += tl.program_id(1) % (last - first)
+            i_trip = tl.where(i_trip < last, i_trip, i_trip - (last - first))
         for i_step in tl.static_range(UNROLL):
             i = i_trip * UNROLL + i_step
             i_tile, j = i // PER_TILE, (i % PER_TILE) * BLOCK_J
@@ -246,7 +249,7 @@ def w4_gemm_triton(
         BLOCK_N=config.block_n, BLOCK_M=config.block_m, BLOCK_J=min(group, TILE_K // 2),
         STAGES=config.num_stages, USE_PTX=config.use_ptx and x.element_size() <= 2, ZEROS=shifted,
         EARLY=config.early, PREFETCH=config.prefetch * tiled, THREADS=32 * config.num_warps,
-        UNROLL=config.unroll if steps % config.unroll == 0 else 1,
+        UNROLL=config.unroll if steps % config.unroll == 0 else 1, TURNED=config.turned,
         **config.options,
     )  # fmt: skip
     return out

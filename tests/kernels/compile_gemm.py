@@ -57,7 +57,7 @@ def product_of(scheme: str, config: GemmConfig, *, tiled: bool = False) -> dict[
         "BLOCK_N": config.block_n, "BLOCK_M": config.block_m, "BLOCK_J": 64,
         "STAGES": config.num_stages, "USE_PTX": True, "EARLY": config.early,
         "PREFETCH": config.prefetch, "THREADS": 32 * config.num_warps, "UNROLL": config.unroll,
-        "ZEROS": scheme == "u4-fp8",
+        "ZEROS": scheme == "u4-fp8", "TURNED": config.turned,
     }  # fmt: skip
     return _counted(gemm._w4_gemm_kernel, types, fixed, config)
 
@@ -104,6 +104,8 @@ def all_gemms() -> dict[str, dict[str, Any]]:
         twice = GemmConfig(block_n, tokens, 1, warps, 3, unroll=2)
         found[f"twice-{tokens}"] = product_of("sm7-fp8", twice, tiled=True)
     found["twice-row"] = product_of("hi4-int8-row", replace(twice, splits=2), tiled=True)
+    turned = GemmConfig(64, 16, 1, 4, 5, early=True, turned=True)
+    found["turned"] = product_of("sm7-fp8", turned, tiled=True)
     split = GemmConfig(128, 16, 4, 4, 4, early=True, prefetch=8)
     found["split-early"] = product_of("sm7-fp8", split, tiled=True)
     for block_n, tokens, warps, stages in FOLDED:

@@ -63,6 +63,12 @@ def test_split_products_can_start_early(compiled):
     assert set(compiled["split-early"]["wgmma"]) == {"e4m3"}
 
 
+def test_turning_costs_little(compiled):
+    result = compiled["turned"]
+    assert set(result["wgmma"]) == {"e4m3"} and not result["loads"]
+    assert result["per_weight"] < 2.4
+
+
 def test_no_operand_is_overwritten_while_a_product_reads_it(compiled):
     found = {name: r["overwritten"] for name, r in compiled.items() if "overwritten" in r}
     assert len(found) > 15

@@ -90,6 +90,26 @@ def test_two_steps_per_trip_give_the_same_product(k, scheme, group_size, backend
     torch.testing.assert_close(outs[2], outs[0], rtol=1e-4, atol=1e-3)
 
 
+@pytest.mark.parametrize("group_size", [64, 128, 0])
+@pytest.mark.parametrize("splits", [1, 2, 3])
+@pytest.mark.parametrize("unroll", [1, 2])
+def test_tiles_may_begin_anywhere_in_their_span(unroll, splits, group_size, backend):
+    """Exact integer sums: the order of K cannot be seen."""
+    if backend.name == "ref":
+        pytest.skip("the reference has no loop")
+    run = backend.op("w4_gemm", "w4_gemm")
+    rng = torch.Generator().manual_seed(8)
+    codes = torch.randint(-8, 8, (300, 640), generator=rng, dtype=torch.int8)
+    x = torch.randint(-127, 128, (5, 640), generator=rng, dtype=torch.int8)
+    groups = 640 // (group_size or 640)
+    packed = pack(QuantWeight(codes, torch.ones(300, groups)), Format.HI4).tiled()
+    out = run(
+        x.to(backend.device), packed.to(torch.device(backend.device)), out_dtype=torch.float32,
+        config=GemmConfig(64, 16, splits, 4, 3, backend.name == "gpu", unroll=unroll, turned=True),
+    )  # fmt: skip
+    assert torch.equal(out.cpu().double(), x.double() @ codes.double().t())
+
+
 @pytest.mark.parametrize("scheme", ["w4a8-fp8-sm7", "w4a8-int8-hi4"])
 def test_tiled_weights_give_the_same_product(scheme, backend):
     run = backend.op("w4_gemm", "w4_gemm")
