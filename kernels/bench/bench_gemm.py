@@ -20,11 +20,12 @@ from gemm_cases import SCHEMES, SHAPES, TOKENS, Case, activations, checked, weig
 from timing import Results, Windows, copies_beyond_l2, measure_roofs, relative_error
 from torch.nn import functional
 
-from epd_kernels import dequantize_fp8, quantize_fp8, w4_gemm, w4a8_fp8_large
+from epd_kernels import dequantize_fp8, quantize_fp8, w4a8_fp8_large
 from epd_kernels.launch import GemmConfig, read_launches
 from epd_kernels.w4_dequant import fp8_row_scales
 from epd_kernels.w4_widen import w4a16_large
 
+FOLDED_FROM, FOLDED_TO = 64, 640  # tokens between which folded scales may be the faster ones
 WIDENED_FROM = 128  # tokens, below which widening the weight first is not worth a measurement
 
 
@@ -118,7 +119,7 @@ def dry_run() -> None:
         x, weight = activations(m, 256, "cpu"), weight_of(64, 256, "cpu")
         for scheme in SCHEMES.values():
             codes, scales = (case := Case(scheme, weight)).quantized(x)
-            run = partial(w4_gemm, codes, case.packed, out_dtype=x.dtype, x_scales=scales)
+            (run,) = case.calls(codes, scales, None)
             error = checked(run, case.expected(codes, scales), scheme.name)
             print(f"{scheme.name}  M={m} N=64 K=256  error={error:.1e}  not timed")
         error = widened(Case(SCHEMES["w4a8-fp8"], weight), x).error
@@ -154,6 +155,8 @@ def measure(
                     variants["w4a16-widened"] = widened_16(cases["w4a16"], x)
             for name, case in cases.items():
                 if m > 2048 and "w4a8-int8-channel" not in name:
+                    continue
+                if case.scheme.folded and not FOLDED_FROM <= m <= FOLDED_TO:
                     continue
                 try:
                     variants[name] = four_bit(case, x, table.config(case, m))

@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from timing import copies_beyond_l2, relative_error
 
 from epd_kernels import Format, PackedWeight, pack, quantize_fp8, quantize_int8, quantize_weight
-from epd_kernels.w4_gemm import w4_gemm_triton
+from epd_kernels.w4_dequant import dequantize_fp8
+from epd_kernels.w4_folded import FoldedScales, fold_scales, w4a8_fp8_folded_ref
+from epd_kernels.w4_folded import w4a8_fp8_folded_triton as folded_triton
+from epd_kernels.w4_gemm import w4_gemm_ref, w4_gemm_triton
 
 if TYPE_CHECKING:
     from epd_kernels.launch import GemmConfig
@@ -34,6 +37,7 @@ class Scheme:
     quantize: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]] | None
     kind: str
     tiled: bool = False
+    folded: bool = False
 
 
 SCHEMES = {
@@ -41,9 +45,11 @@ SCHEMES = {
     for scheme in (
         Scheme("w4a8-fp8", Format.SM7, 128, quantize_fp8, "fp8"),
         Scheme("w4a8-fp8-tiled", Format.SM7, 128, quantize_fp8, "fp8", tiled=True),
+        Scheme("w4a8-fp8-folded-tiled", Format.SM7, 128, quantize_fp8, "fp8", True, True),
         Scheme("w4a8-int8-channel", Format.HI4, 0, quantize_int8, "int8"),
         Scheme("w4a8-int8-channel-tiled", Format.HI4, 0, quantize_int8, "int8", tiled=True),
         Scheme("w4a8-int8-group", Format.HI4, 128, quantize_int8, "int8"),
+        Scheme("w4a8-int8-group-tiled", Format.HI4, 128, quantize_int8, "int8", tiled=True),
         Scheme("w4a16", Format.U4, 128, None, "bf16"),
     )
 }
@@ -64,7 +70,8 @@ def activations(m: int, k: int, device: str = "cuda") -> torch.Tensor:
 class Case:
     """One scheme at one weight shape: packed copies beyond the L2 cache, and what they should give.
 
-    `dense` is the fp32 weight that the packed one stands for. `copies` 0: as many as it takes.
+    `dense` is the fp32 weight that the packed one stands for, after the second rounding where
+    scales are folded. `copies` 0: as many as it takes.
     """
 
     def __init__(self, scheme: Scheme, weight: torch.Tensor, *, copies: int = 0) -> None:
@@ -74,11 +81,17 @@ class Case:
         packed = pack(canonical, scheme.format)
         self.packed = packed.tiled() if scheme.tiled else packed
         self.dense = canonical.dequantize()
+        if scheme.folded:
+            codes, rows = dequantize_fp8(self.packed)
+            self.dense = codes.float() * rows[:, None]
         self.weight_bytes = sum(
             t.nbytes for t in (packed.data, packed.scales, packed.zeros) if t is not None
         )
         copies = copies or (copies_beyond_l2(self.weight_bytes) if weight.is_cuda else 1)
         self.copies = [self.packed, *(self._copy() for _ in range(copies - 1))]
+        self._folded: list[FoldedScales] = []
+        if scheme.folded:
+            self._folded = [fold_scales(each) for each in self.copies]
 
     def _copy(self) -> PackedWeight:
         return replace(
@@ -97,11 +110,18 @@ class Case:
     def calls(
         self, codes: torch.Tensor, scales: torch.Tensor | None, config: GemmConfig | None
     ) -> list[Callable[[], torch.Tensor]]:
-        """One call of the GEMM per copy of the weight."""
-        run = partial(
-            w4_gemm_triton, codes, out_dtype=torch.bfloat16, x_scales=scales, config=config
-        )
-        return [partial(run, packed) for packed in self.copies]
+        """One call of the GEMM per copy of the weight; on a CPU, of its reference."""
+        options: dict[str, Any] = {"out_dtype": torch.bfloat16, "x_scales": scales}
+        if codes.is_cuda:
+            options["config"] = config
+        if self._folded:
+            run = folded_triton if codes.is_cuda else w4a8_fp8_folded_ref
+            return [
+                partial(run, codes, packed, folded=folded, **options)
+                for packed, folded in zip(self.copies, self._folded, strict=True)
+            ]
+        run = w4_gemm_triton if codes.is_cuda else w4_gemm_ref
+        return [partial(run, codes, packed, **options) for packed in self.copies]
 
     def num_bytes(self, codes: torch.Tensor) -> int:
         """Each operand once: weight, scales, activations, and the bf16 output."""

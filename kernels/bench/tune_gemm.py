@@ -27,7 +27,6 @@ from epd_kernels import launch
 from epd_kernels.launch import GemmConfig, read_launches, triton, tuned_name
 
 BUCKETS = (16, 32, 64, 128, 256, 640)
-EARLY_UP_TO = 64  # tokens, beyond which the gap between two kernels is lost in the noise
 SHORT = Windows(5, 3.0)
 
 
@@ -35,25 +34,25 @@ def candidates(m: int, bits: int) -> list[GemmConfig]:
     """The launches worth trying for `m` tokens; K is only split where tiles are few.
 
     Three and more spans of K also even out how many tiles a multiprocessor is given. With s stages
-    loads are s - 2 steps ahead of their use.
+    loads are s - 2 steps ahead of their use. All wait for the kernel ahead by themselves.
     """
     if m <= 16:
         tiles = [(64, 16, 4), (128, 16, 4)]
-        grid = product(tiles, (1, 2, 3, 4, 6), ((4, 1), (6, 1), (3, 2), (4, 2)))
+        grid = product(tiles, (1, 2, 4, 6), ((4, 1), (5, 1), (6, 1)))
     elif m <= 32:
         tiles = [(64, 32, 4), (128, 32, 4)]
-        grid = product(tiles, (1, 2, 3, 4), ((4, 1), (6, 1), (3, 2)))
+        grid = product(tiles, (1, 2, 4), ((4, 1), (5, 1), (3, 2)))
     elif m <= 64:
         tiles = [(64, 64, 4), (128, 64, 4), (128, 64, 8)]
-        grid = product(tiles, (1, 2, 4), ((4, 1), (6, 1), (3, 2)))
+        grid = product(tiles, (1, 2, 4), ((4, 1), (5, 1), (6, 1)))
     elif m <= 128:
-        tiles = [(64, 128, 4), (64, 64, 4), (128, 64, 4), (128, 128, 8)]
-        grid = product(tiles, (1, 2, 4), ((3, 1), (4, 1), (3, 2)))
+        tiles = [(64, 128, 4), (64, 64, 4), (128, 64, 4), (128, 128, 4), (128, 128, 8)]
+        grid = product(tiles, (1, 2, 3, 4), ((3, 1), (4, 1)))
     else:
-        tiles = [(64, 128, 4), (128, 128, 8), (128, 64, 4)]
-        grid = product(tiles, (1, 2) if m <= 256 else (1,), ((3, 1), (4, 1), (3, 2)))
+        tiles = [(64, 128, 4), (128, 128, 4), (128, 128, 8), (128, 64, 4)]
+        grid = product(tiles, (1, 2) if m <= 256 else (1,), ((3, 1), (4, 1)))
     found = [
-        GemmConfig(n, tokens, splits, warps, stages, unroll=unroll)
+        GemmConfig(n, tokens, splits, warps, stages, early=True, unroll=unroll)
         for (n, tokens, warps), splits, (stages, unroll) in grid
     ]
     if bits == 16:
@@ -61,21 +60,25 @@ def candidates(m: int, bits: int) -> list[GemmConfig]:
             c for c in found
             if c.block_n * c.block_m <= 64 * 128 and c.num_stages <= 4 and c.unroll == 1
         ]  # fmt: skip
-    if m > EARLY_UP_TO:
-        return found
-    return [replace(c, early=early) for c in found for early in (False, True)]
+    # as tiles ask for the same few activations together, some spread them over K
+    return found + [replace(c, turned=True) for c in found if m <= 16 and c.splits == 1]
+
+
+def fills(config: GemmConfig, m: int, n: int, sms: int) -> bool:
+    """Whether the programs of a launch are neither too few for the device nor split for nothing."""
+    tiles = -(-m // config.block_m) * -(-n // config.block_n)
+    return tiles * config.splits >= sms // 2 and (config.splits == 1 or tiles < 2 * sms)
 
 
 def compile_candidates(scheme: str, k: int, buckets: list[int], share: int, shares: int) -> int:
     """Compile one share of a scheme's candidates at K = `k`; the count that compiled."""
-    seen: set[tuple[int, ...]] = set()
+    seen: set[GemmConfig] = set()
     weight = torch.ones(64, k, dtype=torch.bfloat16, device="cuda")
     case = Case(SCHEMES[scheme], weight, copies=1)
     codes, scales = case.quantized(torch.ones(16, k, dtype=torch.bfloat16, device="cuda"))
     for m in buckets:
         for config in candidates(m, 8 * codes.element_size()):
-            variant = (config.block_n, config.block_m, config.splits > 1, config.num_warps,
-                       config.num_stages, config.early, config.unroll)  # fmt: skip
+            variant = replace(config, splits=min(config.splits, 2))
             if variant in seen:
                 continue
             seen.add(variant)
@@ -83,7 +86,7 @@ def compile_candidates(scheme: str, k: int, buckets: list[int], share: int, shar
                 try:
                     case.calls(codes, scales, config)[0]()
                 except Exception as error:
-                    print(f"{scheme} K={k} {variant}: {type(error).__name__}", flush=True)
+                    print(f"{scheme} K={k} {spelled(variant)}: {type(error).__name__}", flush=True)
     torch.cuda.synchronize()
     return len(seen) // shares
 
@@ -100,7 +103,7 @@ def compile_all(schemes: list[str], widths: set[int], buckets: list[int], worker
 
 
 def spelled(config: GemmConfig) -> str:
-    return "/".join(str(int(v)) for v in astuple(config))
+    return "/".join(str(int(v or 0)) for v in astuple(config))
 
 
 def _shipped(name: str) -> dict[str, dict[str, dict[str, list[object]]]]:
@@ -134,7 +137,10 @@ class Tuner:
         codes, scales = case.quantized(activations(m, case.shape[1]))
         expected = case.expected(codes, scales)
         times: dict[GemmConfig, float] = {}
+        sms = torch.cuda.get_device_properties(0).multi_processor_count
         for config in candidates(m, 8 * codes.element_size()):
+            if not fills(config, m, case.shape[0], sms):
+                continue
             times[config] = self._time(case, codes, scales, expected, config)
         best = sorted(times, key=times.__getitem__)[:3]
         shown = "  ".join(f"{times[c]:.1f}:{spelled(c)}" for c in best)

@@ -14,7 +14,7 @@ BENCH = Path(__file__).parents[2] / "kernels" / "bench"
 @pytest.mark.parametrize(
     ("script", "cells"),
     [
-        ("bench_gemm", 16),
+        ("bench_gemm", 20),
         ("bench_layer", 4),
         ("bench_attention", 3),
         ("bench_kv_attention", 12),
