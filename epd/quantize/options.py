@@ -77,10 +77,19 @@ class QuantizeOptions:
     def resolved(self, config: DecoderConfig) -> QuantizeOptions:
         """With a head, and a group size that divides the inputs of every layer.
 
-        Raises `ConfigError` if none does.
+        Raises `ConfigError` if none does, or for a head that cannot be.
         """
-        head = self.head or ("fp8" if self.stored_scheme in ("fp8", "w4a8-fp8") else "bf16")
-        return replace(self, head=head, group_size=self._fitting(config))
+        return replace(self, head=self._head(config), group_size=self._fitting(config))
+
+    def _head(self, config: DecoderConfig) -> str:
+        fits = config.hidden_size % 16 == 0
+        if self.head == "fp8" and not fits:
+            raise ConfigError(
+                f"A head over hidden_size = {config.hidden_size} cannot be in FP8.\n"
+                "The FP8 product takes multiples of 16 inputs.\nLeave the head as it is: bf16."
+            )
+        eight = self.stored_scheme in ("fp8", "w4a8-fp8") and fits
+        return self.head or ("fp8" if eight else "bf16")
 
     def _fitting(self, config: DecoderConfig) -> int | None:
         widths = {

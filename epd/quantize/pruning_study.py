@@ -61,9 +61,9 @@ _METHODS = {
 }
 _MODELS = {
     "plain": None,
-    "fireq": QuantizeOptions(scheme="fireq", kv="int4"),
-    "qqq": QuantizeOptions(scheme="qqq", kv="int4"),
-    "fireq nearest": QuantizeOptions(scheme="fireq", kv="int4", nearest=True),
+    "fireq": QuantizeOptions(scheme="fireq", kv="int4", head="bf16"),
+    "qqq": QuantizeOptions(scheme="qqq", kv="int4", head="bf16"),
+    "fireq nearest": QuantizeOptions(scheme="fireq", kv="int4", head="bf16", nearest=True),
 }
 
 

@@ -168,6 +168,14 @@ def test_a_head_that_is_not_finite_is_named_and_nothing_is_left(tmp_path: Path) 
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
 
 
+def test_a_head_of_no_multiple_of_16_stays_plain_unless_asked_for(tmp_path: Path) -> None:
+    card = ModelCard.load(write_tiny_llava(tmp_path / "model", hidden_size=72))
+    given = {"scheme": "fireq", "group_size": 0}
+    assert QuantizeOptions(**given).resolved(card.text).head == "bf16"
+    with pytest.raises(ConfigError, match="hidden_size = 72 cannot be in FP8"):
+        QuantizeOptions(**given, head="fp8").resolved(card.text)
+
+
 def test_an_unknown_head_is_refused() -> None:
     with pytest.raises(ConfigError, match="Unknown format 'int4' of the head"):
         QuantizeOptions(scheme="fireq", head="int4")
