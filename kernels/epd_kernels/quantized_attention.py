@@ -41,7 +41,7 @@ _SPLITS = sorted({1 << n for n in range(11)} | {3 << n for n in range(9)})
 class CodedConfig:
     """Tile rows, KV positions per step, warps, stages, and decode programs per multiprocessor.
 
-    `max_registers` bounds what a thread takes, so that this many programs are resident.
+    `max_registers` may bound what a thread takes, so that more programs are resident.
     """
 
     block_m: int
@@ -58,10 +58,10 @@ def coded_config(*, target: KVFormat, head_dim: int, rows: int, decode: bool) ->
     block_m = max(16, next_power_of_2(rows))
     if INTERPRETED:
         return CodedConfig(block_m, 32, 4, 1)
-    plain = head_dim <= 128 and head_dim == next_power_of_2(head_dim)
-    if decode and block_m == 16 and plain and target is KVFormat.INT4:
-        # 3 * 128 * 168 of 65536 registers; other widths, and FP8 under Triton 3.9, would spill
-        return CodedConfig(block_m, 128, 4, 3, 3, 168)
+    if decode and block_m == 16 and head_dim <= 128:
+        # one warp: nothing to wait for, and weights need not pass through shared memory
+        int4 = target is KVFormat.INT4
+        return CodedConfig(16, 32, 1, 3, 9) if int4 else CodedConfig(16, 32, 1, 2, 10)
     if decode:
         return CodedConfig(block_m, 128, 4, 3)
     return CodedConfig(max(64, block_m), 64, 4, 2)

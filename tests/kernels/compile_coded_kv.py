@@ -43,6 +43,11 @@ def open_loop(sass: str) -> int:
     return min(found)
 
 
+def registers_of(sass: str) -> int:
+    """Registers of a thread, which are given out by eights."""
+    return -(-(1 + max(map(int, re.findall(r"\bR(\d+)\b", sass)))) // 8) * 8
+
+
 def attention_kernels() -> dict[str, dict[str, Any]]:
     found = {}
     for bits, codes in ((4, "*u8"), (8, "*fp8e4nv")):
@@ -68,7 +73,7 @@ def attention_kernels() -> dict[str, dict[str, Any]]:
             result["per_element"] = trip * lanes / (config.block_n * 2 * 128)
             # the device sets 1 KiB per program aside
             result["shared"] = config.occupancy * (built.metadata.shared + 1024)
-            result["registers"] = config.occupancy * lanes * (config.max_registers or 255)
+            result["registers"] = config.occupancy * lanes * registers_of(built.asm["sass"])
             found[f"{name}-int{bits}" if bits == 4 else f"{name}-fp8"] = result
     return found
 
@@ -86,7 +91,7 @@ def warp_kernels() -> dict[str, dict[str, Any]]:
         elements = 16 * config.groups * 4 * half
         result["per_element"] = open_loop(built.asm["sass"]) * 32 / elements
         result["shared"] = config.occupancy * (built.metadata.shared + 1024)
-        result["registers"] = config.occupancy * 32 * (config.max_registers or 255)
+        result["registers"] = config.occupancy * 32 * registers_of(built.asm["sass"])
         found[f"warps-{2 * half}"] = result
     return found
 

@@ -7,14 +7,8 @@ from pathlib import Path
 CHILD = Path(__file__).with_name("compile_coded_kv.py")
 
 
-# registers a thread: Triton 3.9 spills 25 there, 3.6, for which launches are tuned, none
-SPILLS = {"decode-fp8": 32}
-
-
 def test_nothing_spills(compiled):
-    assert {
-        name: r["spills"] for name, r in compiled.items() if r["spills"] > SPILLS.get(name, 0)
-    } == {}
+    assert {name: r["spills"] for name, r in compiled.items() if r["spills"]} == {}
 
 
 def test_prefill_runs_on_wgmma_and_decode_on_sixteen_rows(compiled):
