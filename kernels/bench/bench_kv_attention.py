@@ -1,9 +1,10 @@
 """Time attention over four- and eight-bit KV: `python bench_kv_attention.py -o FILE`.
 
 Decoding is timed against our own bf16 kernel on the same blocks, prefill over plain KV against
-torch's flash attention on dense keys, and over codes both as the engine does it and (`-tiles`) by
-the kernel that reads codes in every tile. Every result is checked against its reference first.
-`--tune` times the launch configurations instead, `--dry-run` needs no GPU and times nothing.
+torch's flash attention on dense keys, and over codes as the engine does it, by the kernel that
+reads codes in every tile (`-tiles`), and with scores from the FP8 unit (`fp8-qk`). Every result is
+checked against its reference first. Codes lie head by head, as the engine lays them. `--tune` times
+the launch configurations instead, `--dry-run` needs no GPU and times nothing.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from timing import Results, Windows, copies_beyond_l2, graph_timing, measure_roo
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from epd_kernels import KVFormat, QuantKV, dequantize_kv, paged_attention, quantize_kv
+from epd_kernels.fp8_scores import attend_fp8_scores, rounded_queries
 from epd_kernels.launch import AttentionConfig
 from epd_kernels.paged_attention import paged_attention_triton
 from epd_kernels.quantized_attention import (
@@ -28,6 +30,7 @@ from epd_kernels.quantized_attention import (
     quantized_attention,
     quantized_attention_triton,
 )
+from epd_kernels.warp_decode import WarpConfig
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -39,16 +42,22 @@ PREFILL = (*(Case(1, n, n) for n in (2048, 4096, 8192, 16384)),
 SMALL = (Case(3, 1, 40, 8, 2, 32), Case(2, 40, 40, 8, 2, 32), Case(1, 7, 50, 8, 2, 32))
 TUNED = (Case(8, 1, 32768), Case(8, 1, 2048), Case(1, 1, 8192))
 TOLERANCE = 8e-3
-TILES = ((64, 2), (64, 4), (128, 4), (128, 8), (256, 8))
-"""Positions per step and warps of decoding."""
-RESIDENT = ((2, None), (3, 168), (4, 128), (8, None))
-"""Programs per multiprocessor that splits are counted for, and the bound on their registers."""
+DECODERS = (
+    *(WarpConfig(groups, occupancy, registers) for groups in (1, 2, 4)
+      for occupancy, registers in ((16, 128), (12, 168))),
+    CodedConfig(16, 32, 1, 3, 9), CodedConfig(16, 32, 1, 2, 10), CodedConfig(16, 32, 1, 3, 12, 168),
+    CodedConfig(16, 64, 2, 3, 6, 168), CodedConfig(16, 128, 4, 3, 3, 168),
+    CodedConfig(16, 128, 4, 3), CodedConfig(16, 256, 4, 2),
+)  # fmt: skip
+PREFILLERS = tuple(
+    itertools.product(((64, 4), (128, 4), (128, 8)), (64, 128), (2, 3))
+)  # rows and warps, positions, stages
 
 
 class CodedInputs(Inputs):
     """`Inputs` with the same KV in codes; `rows_first` tells the order of its memory."""
 
-    def __init__(self, case: Case, device: str, seed: int, *, rows_first: bool = True) -> None:
+    def __init__(self, case: Case, device: str, seed: int, *, rows_first: bool = False) -> None:
         super().__init__(case, device, seed)
         self._case = case
         self.coded = {
@@ -59,10 +68,16 @@ class CodedInputs(Inputs):
     def attend(self, target: KVFormat) -> torch.Tensor:
         return quantized_attention(self.q, *self.coded[target], **self.options)
 
-    def widened(self, target: KVFormat) -> torch.Tensor:
-        """What the codes mean, through the bf16 kernel."""
+    def fp8_scores(self) -> torch.Tensor:
+        return quantized_attention(
+            self.q, *self.coded[KVFormat.FP8], **self.options, fp8_scores=True
+        )
+
+    def widened(self, target: KVFormat, *, rounded: bool = False) -> torch.Tensor:
+        """What the codes mean, through the bf16 kernel; with queries as e4m3 rounds them."""
         caches = [dequantize_kv(cache).to(self.q.dtype) for cache in self.coded[target]]
-        return paged_attention(self.q, *caches, **self.options)
+        q = rounded_queries(self.q).to(self.q.dtype) if rounded else self.q
+        return paged_attention(q, *caches, **self.options)
 
     def flash(self) -> torch.Tensor:
         with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
@@ -82,9 +97,11 @@ def _arranged(cache: QuantKV, rows_first: bool) -> QuantKV:
     return QuantKV(*(part.transpose(1, 2).contiguous().transpose(1, 2) for part in cache))
 
 
-def check(case: Case, inputs: CodedInputs, target: KVFormat, out: torch.Tensor) -> float:
+def check(
+    case: Case, inputs: CodedInputs, target: KVFormat, out: torch.Tensor, *, rounded: bool = False
+) -> float:
     """Relative distance from the bf16 kernel on widened KV; ends the run when it is too large."""
-    error = relative_error(out, inputs.widened(target))
+    error = relative_error(out, inputs.widened(target, rounded=rounded))
     if error > TOLERANCE:
         raise SystemExit(f"{target.value} attention is wrong at {case}: error {error:.1e}")
     return error
@@ -98,7 +115,7 @@ def dry_run() -> None:
             print(f"{case.name} {target.value} {case}  error={error:.1e}  not timed")
 
 
-def make_inputs(case: Case, *, rows_first: bool = True) -> list[CodedInputs]:
+def make_inputs(case: Case, *, rows_first: bool = False) -> list[CodedInputs]:
     """Enough copies that the next one's codes are never in the L2 cache."""
     # fp32 temporaries of quantising a long cache leave no room for many copies
     copies = copies_beyond_l2(case.kv_bytes // 4) if case.queries == 1 else 1
@@ -118,8 +135,10 @@ def measure(results: Results) -> None:
             ways = {target.value: [partial(x.attend, target) for x in inputs]}
             if case.queries > 1:
                 ways[f"{target.value}-tiles"] = [partial(_coded, x, None, target) for x in inputs]
+            if case.queries >= 128 and target is KVFormat.FP8:
+                ways["fp8-qk"] = [x.fp8_scores for x in inputs]
             for impl, calls in ways.items():
-                error = check(case, inputs[0], target, calls[0]())
+                error = check(case, inputs[0], target, calls[0](), rounded=impl == "fp8-qk")
                 size = inputs[0].coded_bytes(target)
                 times[impl] = add(impl, calls=calls, num_bytes=size, error=error).p50
         if case.queries == case.length:
@@ -140,24 +159,22 @@ def tune(path: Path) -> None:
     rows: list[dict[str, Any]] = []
     for case, rows_first in itertools.product(TUNED, (True, False)):
         inputs = make_inputs(case, rows_first=rows_first)
-        for (n, warps), stages, occupancy in itertools.product(
-            TILES, (2, 3, 4), RESIDENT if rows_first else RESIDENT[1:2]
-        ):
-            coded = CodedConfig(16, n, warps, stages, *occupancy)
-            rows.append(_row(case, "int4" if rows_first else "int4 heads first", coded,
-                             [partial(_coded, x, coded) for x in inputs]))  # fmt: skip
+        order = "rows first" if rows_first else "heads first"
+        for target, coded in itertools.product(KVFormat, DECODERS):
+            if target is KVFormat.INT4 or isinstance(coded, CodedConfig):
+                calls = [partial(_coded, x, coded, target) for x in inputs]
+                rows.append(_row(case, f"{target.value} {order}", coded, calls))
         for n, warps, stages in itertools.product((64, 128), (4, 8), (2, 3) if rows_first else ()):
             plain = AttentionConfig(16, n, warps, stages)
             rows.append(_row(case, "bf16", plain, [partial(_plain, x, plain) for x in inputs]))
         del inputs
     for case in (Case(1, 4096, 4096), Case(1, 16384, 16384)):
         inputs = make_inputs(case)
-        for (m, warps), n, stages in itertools.product(
-            ((64, 4), (128, 4), (128, 8)), (64, 128), (2, 3)
-        ):
+        for (m, warps), n, stages in PREFILLERS:
             plain, coded = AttentionConfig(m, n, warps, stages), CodedConfig(m, n, warps, stages)
             rows.append(_row(case, "bf16", plain, [partial(_plain, x, plain) for x in inputs]))
             rows.append(_row(case, "int4", coded, [partial(_coded, x, coded) for x in inputs]))
+            rows.append(_row(case, "fp8-qk", plain, [partial(_scores, x, plain) for x in inputs]))
         rows.append(_row(case, "sdpa-flash", None, [x.flash for x in inputs]))
         rows.append(_row(case, "sdpa", None, [x.sdpa for x in inputs]))
         del inputs
@@ -184,11 +201,15 @@ def _row(
 
 
 def _coded(
-    inputs: CodedInputs, config: CodedConfig | None, target: KVFormat = KVFormat.INT4
+    inputs: CodedInputs, config: CodedConfig | WarpConfig | None, target: KVFormat = KVFormat.INT4
 ) -> torch.Tensor:
     return quantized_attention_triton(
         inputs.q, *inputs.coded[target], **inputs.options, config=config
     )
+
+
+def _scores(inputs: CodedInputs, config: AttentionConfig) -> torch.Tensor:
+    return attend_fp8_scores(inputs.q, *inputs.coded[KVFormat.FP8], **inputs.options, config=config)
 
 
 def _plain(inputs: Inputs, config: AttentionConfig) -> torch.Tensor:
