@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 import structlog
 
-from epd.decode_graphs import DecodeGraphs
 from epd.errors import DeadlineError, EPDError, InvalidRequestError, WireError
 from epd.graphs import default_recorder
 from epd.intake import take_in
@@ -33,7 +32,7 @@ from epd.step import (
     SequenceToken,
     StepResult,
 )
-from epd.warm_up import warm_prompts
+from epd.warm_up import warm_up
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -116,24 +115,17 @@ class EngineCore:
             config, self.blocks, max_model_len=card.max_position, clock=clock
         )
         recorder = recorder or default_recorder(device, graphs=config.cuda_graphs)
-        self._graphs: DecodeGraphs | None = None
-        if recorder is not None:
-            self._graphs = DecodeGraphs(
-                decoder, self.pool, recorder, layer_group=groups, max_model_len=self.max_model_len,
-                max_num_seqs=config.max_num_seqs,
-            )  # fmt: skip
         self._runner = ModelRunner(
-            decoder, self.pool, layer_group=groups, device=device, layer_pruner=layer_pruner,
-            graphs=self._graphs,
-        )  # fmt: skip
+            decoder, self.pool, layer_group=groups, device=device, layer_pruner=layer_pruner
+        )
+        if recorder is not None:
+            self._runner.repeat_with(recorder, config, max_model_len=self.max_model_len)
         self._config = config
         self._clock = clock
 
     def warm_up(self) -> None:
         """Compile and record what steps need; nothing on a CPU. No request may be here yet."""
-        if self._graphs is not None:
-            self._graphs.record(self._config.graph_memory_bytes)
-            warm_prompts(self._runner, self._config, self.facts, self.layer_pruner)
+        warm_up(self._runner, self._config, self.facts, self.layer_pruner)
 
     @property
     def max_model_len(self) -> int:

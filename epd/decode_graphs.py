@@ -7,21 +7,18 @@ read.
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-import structlog
 import torch
 
 from epd.block_rows import BlockRows
 from epd.models.context import AttentionBatch, ForwardContext
+from epd.recordings import Recordings
 from epd.staging import Layout
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from epd.graphs import Recorder
     from epd.kv.pool import KVPool
@@ -29,9 +26,8 @@ if TYPE_CHECKING:
     from epd.scheduler import Chunk
     from epd.staging import HostArray
 
-__all__ = ["DecodeGraphs", "DecodeShape", "batch_sizes", "length_bounds"]
+__all__ = ["DecodeGraphs", "DecodeShape", "batch_sizes", "length_bounds", "table_width"]
 
-_log = structlog.get_logger("epd.core")
 _INT64: np.dtype[Any] = np.dtype(np.int64)
 _INT32: np.dtype[Any] = np.dtype(np.int32)
 _LEAST_BOUND = 1024
@@ -43,29 +39,6 @@ class DecodeShape(NamedTuple):
 
     batch: int
     bound: int
-
-
-class _Group(NamedTuple):
-    slots: HostArray
-    lengths: HostArray
-    tables: HostArray
-
-
-class _Inputs(NamedTuple):
-    """What the host writes for one shape: views into its buffer."""
-
-    ids: HostArray
-    positions: HostArray
-    groups: list[_Group]
-
-
-@dataclass(frozen=True, slots=True)
-class _Recording:
-    """One shape: the views that the host fills, how much it sends, and what repeats the step."""
-
-    inputs: _Inputs
-    nbytes: int
-    repeat: Callable[[], None]
 
 
 def batch_sizes(most: int) -> list[int]:
@@ -87,6 +60,11 @@ def length_bounds(longest: int) -> list[int]:
     return [*bounds, longest]
 
 
+def table_width(bound: int, block_size: int) -> int:
+    """Blocks of a row of a block table for `bound` positions, a multiple of 16."""
+    return -(-bound // (block_size * _WIDTH)) * _WIDTH
+
+
 class DecodeGraphs:
     """Runs steps in which every sequence decodes. Call `record` before, once the KV pool exists."""
 
@@ -102,14 +80,13 @@ class DecodeGraphs:
     ) -> None:
         self._decoder = decoder
         self._pool = pool
-        self._recorder = recorder
         self._layer_group = layer_group
         self._batches = batch_sizes(max_num_seqs)
         self._bounds = length_bounds(max_model_len)
-        self._recordings: dict[DecodeShape, _Recording] = {}
+        # small batches first: they gain most, should memory not suffice for all
+        shapes = [DecodeShape(size, bound) for size in self._batches for bound in self._bounds]
+        self._recordings = Recordings(recorder, shapes, layout=self._layout, make=self._step)
         self._rows = BlockRows()
-        largest = self._layout(DecodeShape(self._batches[-1], self._bounds[-1])).nbytes
-        self._host, self._device = recorder.buffers(largest)
         rows, device = self._batches[-1], recorder.device
         vocabulary = decoder.config.vocab_size
         self._starts = torch.arange(rows + 1, dtype=torch.int32, device=device)
@@ -117,36 +94,14 @@ class DecodeGraphs:
         self._best = torch.zeros(rows, dtype=torch.int64, device=device)
 
     @property
-    def shapes(self) -> list[DecodeShape]:
-        """All shapes, small batches first: they gain most, should memory not suffice for all."""
-        return [DecodeShape(b, n) for b in self._batches for n in self._bounds]
-
-    @property
     def ready(self) -> bool:
         """Whether `record` was called."""
-        return bool(self._recordings)
+        return self._recordings.ready
 
     @torch.inference_mode()
     def record(self, max_bytes: int) -> int:
         """How many shapes were recorded, as `max_bytes` allow. The others run call by call."""
-        begin, count = time.monotonic(), 0
-        for shape in self.shapes:
-            recording = self._recording(shape)
-            self._fill(recording.inputs, [])
-            self._send(recording.nbytes)
-            if self._recorder.held_bytes() <= max_bytes:
-                repeat = self._recorder.record(recording.repeat)
-                recording = _Recording(recording.inputs, recording.nbytes, repeat)
-                count += 1
-            else:
-                recording.repeat()
-            self._recordings[shape] = recording
-        _log.info(
-            "decode steps recorded", count=count, left_out=len(self.shapes) - count,
-            seconds=round(time.monotonic() - begin, 1),
-            megabytes=self._recorder.held_bytes() >> 20,
-        )  # fmt: skip
-        return count
+        return self._recordings.record("decode", max_bytes, lambda arrays: self._fill(arrays, []))
 
     def takes(self, chunks: Sequence[Chunk]) -> bool:
         """Whether this step is one: everybody decodes, nothing is pruned, no row is an image's."""
@@ -157,11 +112,7 @@ class DecodeGraphs:
 
         Both are overwritten by the next step.
         """
-        recording = self._recordings[self.shape(chunks)]
-        self._recorder.ready()
-        self._fill(recording.inputs, chunks)
-        self._send(recording.nbytes)
-        recording.repeat()
+        self._recordings.run(self.shape(chunks), lambda arrays: self._fill(arrays, chunks))
         return self._logits[: len(chunks)], self._best[: len(chunks)]
 
     def shape(self, chunks: Sequence[Chunk]) -> DecodeShape:
@@ -175,26 +126,23 @@ class DecodeGraphs:
             next(bound for bound in self._bounds if bound >= longest),
         )
 
-    def _send(self, nbytes: int) -> None:
-        self._recorder.send(self._host[:nbytes], self._device[:nbytes])
-
-    def _layout(self, shape: DecodeShape) -> Layout:
-        rows = shape.batch
-        blocks = -(-shape.bound // self._pool.block_size)
-        width = -(-blocks // _WIDTH) * _WIDTH
+    def _layout(self, shape: tuple[int, ...]) -> Layout:
+        """Ids, positions; per layer group slots, lengths and block tables."""
+        rows, bound = shape
         row: tuple[tuple[int, ...], np.dtype[Any]] = ((rows,), _INT64)
+        width = table_width(bound, self._pool.block_size)
         group = [row, ((rows,), _INT32), ((rows, width), _INT32)]
         return Layout([row, row, *group * (max(self._layer_group) + 1)])
 
-    def _recording(self, shape: DecodeShape) -> _Recording:
+    def _step(self, shape: tuple[int, ...], inputs: Sequence[torch.Tensor]) -> Callable[[], None]:
         """The step of `shape`, to be called."""
-        layout = self._layout(shape)
-        ids, positions, *rest = layout.tensors(self._device)
+        rows, bound = shape
+        ids, positions, *rest = inputs
         groups = tuple(
             AttentionBatch(
-                cu_seqlens_q=self._starts[: shape.batch + 1], slot_mapping=rest[at],
+                cu_seqlens_q=self._starts[: rows + 1], slot_mapping=rest[at],
                 seq_lens=rest[at + 1], block_tables=rest[at + 2], max_seqlen_q=1,
-                max_seqlen_k=shape.bound,
+                max_seqlen_k=bound,
             )
             for at in range(0, len(rest), 3)
         )  # fmt: skip
@@ -204,21 +152,21 @@ class DecodeGraphs:
             hidden = self._decoder.forward(self._decoder.embed(ids), positions, context)
             logits = self._decoder.logits(hidden)
             best, index = logits.max(dim=-1)
-            self._best[: shape.batch].copy_(torch.where(best.isfinite(), index, -1))
-            self._logits[: shape.batch].copy_(logits)
+            self._best[:rows].copy_(torch.where(best.isfinite(), index, -1))
+            self._logits[:rows].copy_(logits)
 
-        one, two, *others = layout.arrays(self._host)
-        inputs = _Inputs(one, two, [_Group(*others[i : i + 3]) for i in range(0, len(others), 3)])
-        return _Recording(inputs, layout.nbytes, step)
+        return step
 
-    def _fill(self, inputs: _Inputs, chunks: Sequence[Chunk]) -> None:
+    def _fill(self, arrays: Sequence[HostArray], chunks: Sequence[Chunk]) -> None:
         """Write a step into the host's buffer. Tables of padding rows are never followed."""
         sequences, count = [chunk.sequence for chunk in chunks], len(chunks)
+        ids, positions, *rest = arrays
         size = self._pool.block_size
-        inputs.ids[:count] = [s.tokens[s.num_computed] for s in sequences]
-        inputs.positions[:count] = [s.next_pos for s in sequences]
-        inputs.ids[count:] = inputs.positions[count:] = 0
-        for group, (slots, lengths, tables) in enumerate(inputs.groups):
+        ids[:count] = [s.tokens[s.num_computed] for s in sequences]
+        positions[:count] = [s.next_pos for s in sequences]
+        ids[count:] = positions[count:] = 0
+        for group in range(len(rest) // 3):
+            slots, lengths, tables = rest[3 * group : 3 * group + 3]
             for row, sequence in enumerate(sequences):
                 assert sequence.table is not None
                 past, blocks = sequence.table.lengths[group], self._rows.of(sequence, group)

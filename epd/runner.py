@@ -12,14 +12,17 @@ import torch
 from epd.decode_graphs import DecodeGraphs
 from epd.layer_stages import LayerStages
 from epd.models.context import ForwardContext
+from epd.prompt_graphs import PromptGraphs
 from epd.request import TokenOutput
 from epd.sampler import SampleRow, sample
-from epd.step_arrays import StepTensors, send_step
+from epd.step_arrays import ImageRows, StepTensors, step_arrays
 from epd_kernels.embed_tokens import embed_tokens
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from epd.config import EngineConfig
+    from epd.graphs import Recorder
     from epd.kv.pool import KVPool
     from epd.models.decoder import Decoder
     from epd.scheduler import Chunk
@@ -31,8 +34,8 @@ __all__ = ["ModelRunner"]
 class ModelRunner:
     """Runs chunks through the decoder. Holds the vision tokens of requests that may need them.
 
-    With `graphs` the steps in which everybody decodes are repeated recordings, and the bounds of
-    the others are rounded up, so that all steps need the same compiled kernels.
+    With `repeat_with` steps in which everybody decodes, and those of a lone prompt, are repeated
+    recordings. The bounds of the others are rounded up, so that all need the same compiled kernels.
     """
 
     def __init__(
@@ -43,15 +46,27 @@ class ModelRunner:
         layer_group: tuple[int, ...],
         device: torch.device | str,
         layer_pruner: LayerPruner | None = None,
-        graphs: DecodeGraphs | None = None,
     ) -> None:
         self._decoder = decoder
         self._stages = LayerStages(decoder, layer_pruner) if layer_pruner is not None else None
         self._pool = pool
         self._layer_group = layer_group
         self._device = torch.device(device)
-        self._graphs = graphs
+        self.decode_graphs: DecodeGraphs | None = None
+        self.prompt_graphs: PromptGraphs | None = None
         self._vision: dict[str, list[torch.Tensor]] = {}
+
+    def repeat_with(self, recorder: Recorder, config: EngineConfig, *, max_model_len: int) -> None:
+        """Make what `epd.warm_up` records."""
+        self.decode_graphs = DecodeGraphs(
+            self._decoder, self._pool, recorder, layer_group=self._layer_group,
+            max_num_seqs=config.max_num_seqs, max_model_len=max_model_len,
+        )  # fmt: skip
+        if config.cuda_graphs:
+            self.prompt_graphs = PromptGraphs(
+                self._decoder, self._pool, recorder, layer_group=self._layer_group,
+                max_tokens=config.max_batched_tokens, max_model_len=max_model_len,
+            )  # fmt: skip
 
     @property
     def hidden_size(self) -> int:
@@ -74,24 +89,24 @@ class ModelRunner:
 
         Idempotent until the chunks are advanced: the same slots are written with the same values.
         """
-        if self._graphs is not None and self._graphs.takes(chunks):
-            logits, best = self._graphs.run(chunks)
+        if self.decode_graphs is not None and self.decode_graphs.takes(chunks):
+            logits, best = self.decode_graphs.run(chunks)
             rows = _sample_rows(chunks)
             return _greedy(best, rows) if all(map(_is_greedy, rows)) else sample(logits, rows)
-        step = send_step(
-            chunks, self._device, num_groups=max(self._layer_group) + 1,
-            block_size=self._pool.block_size, steady=self._steady,
+        arrays = step_arrays(
+            chunks, num_groups=max(self._layer_group) + 1, block_size=self._pool.block_size,
+            steady=self.decode_graphs is not None and self.decode_graphs.ready,
         )  # fmt: skip
+        if self.prompt_graphs is not None and self.prompt_graphs.takes(chunks):
+            logits = self.prompt_graphs.run(arrays, self._vision_rows(arrays.images))
+            return sample(logits, _sample_rows(chunks))
+        step = arrays.send(self._device)
         hidden = self._forward(chunks, step)
         if not len(step.last):
             return []
         if len(step.last) < len(hidden):
             hidden = hidden[step.last]
         return sample(self._decoder.logits(hidden), _sample_rows(chunks))
-
-    @property
-    def _steady(self) -> bool:
-        return self._graphs is not None and self._graphs.ready
 
     def _forward(self, chunks: Sequence[Chunk], step: StepTensors) -> torch.Tensor:
         """Normed hidden states of the rows that reach the end."""
@@ -105,8 +120,11 @@ class ModelRunner:
         """Decoder inputs [T, hidden]: token embeddings, vision tokens where an image stands."""
         if not step.images:
             return self._decoder.embed(step.ids)
-        vision = [self._vision[name][image][low:high] for name, image, low, high in step.images]
-        return embed_tokens(step.ids, self._decoder.embedding, torch.cat(vision), step.sources)
+        vision = torch.cat(self._vision_rows(step.images))
+        return embed_tokens(step.ids, self._decoder.embedding, vision, step.sources)
+
+    def _vision_rows(self, images: Sequence[ImageRows]) -> list[torch.Tensor]:
+        return [self._vision[name][image][low:high] for name, image, low, high in images]
 
 
 def _sample_rows(chunks: Sequence[Chunk]) -> list[SampleRow]:

@@ -6,18 +6,17 @@ Each array begins at a multiple of 16 bytes, so that kernels compiled for one st
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from typing import Any
 
-    HostArray = np.ndarray[Any, np.dtype[Any]]
+__all__ = ["HostArray", "Layout", "send", "send_all"]
 
-__all__ = ["Layout", "send", "send_all"]
+HostArray = np.ndarray[Any, np.dtype[Any]]
 
 _ALIGNMENT = 16
 _DTYPES = {

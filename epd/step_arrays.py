@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     IntArray = np.ndarray[Any, np.dtype[np.int64 | np.int32]]
 
-__all__ = ["ImageRows", "StepTensors", "send_step"]
+__all__ = ["GroupArrays", "ImageRows", "StepArrays", "StepTensors", "step_arrays"]
 
 _ROUNDED = 16
 
@@ -54,7 +54,9 @@ class StepTensors:
 
 
 @dataclass(frozen=True, slots=True)
-class _Group:
+class GroupArrays:
+    """What one layer group sees; the fields of `AttentionBatch` on the host."""
+
     starts: IntArray
     lengths: IntArray
     tables: IntArray
@@ -66,11 +68,39 @@ class _Group:
         return self.starts, self.lengths, self.tables, self.slots
 
 
-def send_step(
-    chunks: Sequence[Chunk], device: torch.device, *, num_groups: int, block_size: int,
-    steady: bool,
-) -> StepTensors:  # fmt: skip
-    """The tensors of a step. With `steady` its host-side bounds are rounded up (see `_steady`)."""
+@dataclass(frozen=True, slots=True)
+class StepArrays:
+    """A step on the host; fields as of `StepTensors`."""
+
+    ids: IntArray
+    positions: IntArray
+    sources: IntArray
+    images: list[ImageRows]
+    groups: list[GroupArrays]
+    last: IntArray
+
+    def send(self, device: torch.device) -> StepTensors:
+        """The step on `device`, in one transfer."""
+        arrays = [array for group in self.groups for array in group.arrays()]
+        sent = send_all([self.ids, self.positions, self.sources, self.last, *arrays], device)
+        batches = tuple(
+            AttentionBatch(
+                cu_seqlens_q=sent[at], seq_lens=sent[at + 1], block_tables=sent[at + 2],
+                slot_mapping=sent[at + 3], max_seqlen_q=group.most_queries,
+                max_seqlen_k=group.most_keys,
+            )
+            for at, group in zip(range(4, len(sent), 4), self.groups, strict=True)
+        )  # fmt: skip
+        return StepTensors(
+            ids=sent[0], positions=sent[1], sources=sent[2], last=sent[3], images=self.images,
+            groups=batches,
+        )  # fmt: skip
+
+
+def step_arrays(
+    chunks: Sequence[Chunk], *, num_groups: int, block_size: int, steady: bool
+) -> StepArrays:
+    """A step on the host. With `steady` its bounds are rounded up (see `_steady`)."""
     groups = [_group(chunks, group, block_size) for group in range(num_groups)]
     if steady:
         groups = [_steady(group, block_size) for group in groups]
@@ -83,23 +113,9 @@ def send_step(
         ids += chunk.sequence.tokens[start : start + chunk.length]
         positions.extend(chunk.sequence.upcoming(chunk.length))
     images, sources = _images(chunks, len(ids))
-    sent = send_all(
-        [
-            np.array(ids, np.int64), np.array(positions, np.int64), sources, ends[sampling],
-            *(array for group in groups for array in group.arrays()),
-        ], device,
-    )  # fmt: skip
-    batches = tuple(
-        AttentionBatch(
-            cu_seqlens_q=sent[at], seq_lens=sent[at + 1], block_tables=sent[at + 2],
-            slot_mapping=sent[at + 3], max_seqlen_q=group.most_queries,
-            max_seqlen_k=group.most_keys,
-        )
-        for at, group in zip(range(4, len(sent), 4), groups, strict=True)
-    )  # fmt: skip
-    return StepTensors(
-        ids=sent[0], positions=sent[1], sources=sent[2], last=sent[3], images=images,
-        groups=batches,
+    return StepArrays(
+        ids=np.array(ids, np.int64), positions=np.array(positions, np.int64), sources=sources,
+        images=images, groups=groups, last=ends[sampling],
     )  # fmt: skip
 
 
@@ -123,7 +139,7 @@ def _images(chunks: Sequence[Chunk], num_tokens: int) -> tuple[list[ImageRows], 
     return images, sources
 
 
-def _group(chunks: Sequence[Chunk], group: int, size: int) -> _Group:
+def _group(chunks: Sequence[Chunk], group: int, size: int) -> GroupArrays:
     """What one layer group sees of the step."""
     tables: list[BlockTable] = []
     for chunk in chunks:
@@ -143,13 +159,13 @@ def _group(chunks: Sequence[Chunk], group: int, size: int) -> _Group:
     place = np.arange(len(row_of)) - firsts[row_of] + past[row_of]
     slots = blocks[row_of, place // size].astype(np.int64) * size + place % size
     total = past + lengths
-    return _Group(
+    return GroupArrays(
         starts=starts, lengths=total.astype(np.int32), tables=blocks, slots=slots,
         most_queries=int(lengths.max()), most_keys=int(total.max()),
     )  # fmt: skip
 
 
-def _steady(group: _Group, block_size: int) -> _Group:
+def _steady(group: GroupArrays, block_size: int) -> GroupArrays:
     """The same with tables of a multiple of 16 blocks, and bounds as coarse.
 
     Kernels are compiled for what divides their strides; rounded, all steps need the same ones. A
@@ -160,7 +176,7 @@ def _steady(group: _Group, block_size: int) -> _Group:
     # a warm-up's blocks lie nowhere, at -1: nothing is written there, and anything may be read
     np.maximum(group.tables, 0, out=tables[:, : group.tables.shape[1]])
     unit = _ROUNDED * block_size
-    return _Group(
+    return GroupArrays(
         starts=group.starts, lengths=group.lengths, tables=tables, slots=group.slots,
         most_queries=max(group.most_queries, 2), most_keys=-(-group.most_keys // unit) * unit,
     )  # fmt: skip

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from epd.runner import ModelRunner
     from epd_pruning.layer_base import LayerPruner
 
-__all__ = ["token_counts", "warm_prompts"]
+__all__ = ["token_counts", "warm_up"]
 
 _NAME = "warm-up"
 _IMAGE, _TEXT = 96, 32
@@ -38,7 +38,19 @@ def token_counts(most: int) -> list[int]:
     return sorted({min(count, most) for count in counts} | {most})
 
 
-def warm_prompts(
+def warm_up(
+    runner: ModelRunner, config: EngineConfig, facts: ModelFacts, pruner: LayerPruner | None
+) -> None:
+    """Compile and record what steps need, where `runner` repeats them."""
+    if runner.decode_graphs is None:
+        return
+    runner.decode_graphs.record(config.graph_memory_bytes)
+    _run_prompts(runner, config, facts, pruner)
+    if runner.prompt_graphs is not None:
+        runner.prompt_graphs.record(config.graph_memory_bytes)
+
+
+def _run_prompts(
     runner: ModelRunner, config: EngineConfig, facts: ModelFacts, pruner: LayerPruner | None
 ) -> None:
     """Run prompts that write no KV: of each size, sampled from, of images, and pruned if any is."""

@@ -14,8 +14,10 @@ from epd.config import EngineConfig
 from epd.core import EngineCore
 from epd.decode_graphs import DecodeGraphs, DecodeShape, batch_sizes, length_bounds
 from epd.graphs import CalledAgain, default_recorder
+from epd.prompt_graphs import prompt_sizes
 from epd.request import SamplingParams
 from epd.runner import ModelRunner
+from epd.step_arrays import step_arrays
 
 _JUNK = 0x7F
 
@@ -31,7 +33,7 @@ class Spoiled(CalledAgain):
 
     def buffers(self, nbytes: int) -> tuple[torch.Tensor, torch.Tensor]:
         host, device = super().buffers(nbytes)
-        self._buffers = (host, device)
+        self._buffers += (host, device)
         self._spoil()
         return host, device
 
@@ -96,7 +98,7 @@ def test_tokens_equal_the_eager_ones_while_batches_grow_and_shrink(
     layer_bench: Any, build: Callable[..., EngineCore]
 ) -> None:
     recorder = Spoiled()
-    core = build(recorder, max_num_seqs=6)
+    core = build(recorder, max_num_seqs=6, cuda_graphs=False)
     assert recorder.recorded == len(batch_sizes(6))
     found: dict[str, list[int]] = {}
     lengths = {name: 3 + 4 * i for i, name in enumerate(layer_bench.cases)}
@@ -112,10 +114,10 @@ def test_tokens_equal_the_eager_ones_while_batches_grow_and_shrink(
     assert recorder.steps >= max(lengths.values()) - 2 * len(lengths)
 
 
-def test_only_prompts_run_without_a_recording(
+def test_only_pruned_or_shared_prompts_run_without_a_recording(
     layer_bench: Any, build: Callable[..., EngineCore], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    core, eager = build(recorder := Spoiled()), 0
+    core, eager, expected = build(recorder := Spoiled()), 0, layer_bench.alone
     real = ModelRunner._forward
 
     def count(self: ModelRunner, chunks: Any, step: Any) -> torch.Tensor:
@@ -125,8 +127,11 @@ def test_only_prompts_run_without_a_recording(
 
     monkeypatch.setattr(ModelRunner, "_forward", count)
     core.add(layer_bench.sequence("two"), layer_bench.vision("two"))
-    assert layer_bench.drain(core) == {"two": layer_bench.alone["two"]}
-    assert (eager, recorder.steps) == (1, layer_bench.new - 1)
+    assert layer_bench.drain(core) == {"two": expected["two"]}
+    assert (eager, recorder.steps) == (1, layer_bench.new - 1)  # pruned, hence not recorded
+    core.add(layer_bench.sequence("dense"), layer_bench.vision("dense"))
+    assert layer_bench.drain(core) == {"dense": expected["dense"]}
+    assert (eager, recorder.steps) == (1, 2 * layer_bench.new - 1)
 
 
 def test_preempted_requests_give_the_same_tokens(
@@ -158,6 +163,50 @@ def test_handed_over_requests_go_on_in_recordings(
             found[token.request_id].append(token.output.token_id)
     assert found == {name: layer_bench.alone[name] for name in ("one", "text", "gaps")}
     assert recorder.steps == layer_bench.new - 1
+
+
+@pytest.mark.parametrize("budget", [7, 20, 2048])
+def test_lone_prompts_in_pieces_or_whole_give_the_eager_tokens(
+    layer_bench: Any, build: Callable[..., EngineCore], budget: int
+) -> None:
+    core = build(recorder := Spoiled(), max_batched_tokens=budget)
+    for name in ("dense", "text", "dense"):  # the last one finds a prefix
+        before = recorder.steps
+        core.add(layer_bench.sequence(name, layer_keep=None), layer_bench.vision(name))
+        expected = layer_bench.alone[name]
+        assert layer_bench.drain(core) == {name: expected}
+        # at least the piece of the prompt that samples, if 16 tokens fit a step
+        assert recorder.steps - before == layer_bench.new - (budget < 16)
+
+
+@pytest.mark.parametrize("kv", ["bf16", "int4"])
+def test_logits_of_a_padded_prompt_are_those_of_the_prompt(
+    layer_bench: Any, build: Callable[..., EngineCore], kv: str
+) -> None:
+    seen: list[torch.Tensor] = []
+    for recorder in (None, Spoiled()):
+        core = build(recorder, kv=kv)
+        runner = core._runner
+        core.add(layer_bench.sequence("dense"), layer_bench.vision("dense"))
+        chunks = core._scheduler.schedule().chunks
+        with torch.inference_mode():
+            arrays = step_arrays(chunks, num_groups=3, block_size=4, steady=recorder is not None)
+            if runner.prompt_graphs is None:
+                hidden = runner._forward(chunks, step := arrays.send(torch.device("cpu")))
+                seen.append(layer_bench.decoder.logits(hidden[step.last]))
+            else:
+                assert runner.prompt_graphs.takes(chunks)
+                vision = runner._vision_rows(arrays.images)
+                seen.append(runner.prompt_graphs.run(arrays, vision))
+    torch.testing.assert_close(seen[1], seen[0], rtol=1e-5, atol=1e-4)
+
+
+def test_sizes_of_prompts_waste_little() -> None:
+    assert prompt_sizes(15) == []
+    assert prompt_sizes(200) == [16, 32, 64, 128]
+    assert prompt_sizes(10**6)[-3:] == [768, 896, 1024]
+    for length in range(129, 1025):
+        assert next(n for n in prompt_sizes(2048) if n >= length) - length < 128
 
 
 @pytest.mark.parametrize("kv", ["fp8", "int4"])
@@ -225,7 +274,7 @@ def test_what_memory_does_not_allow_runs_call_by_call(
 ) -> None:
     recorder = Spoiled(bytes_each=100)
     core = build(recorder, max_num_seqs=8, graph_memory_bytes=250)
-    assert recorder.recorded == 3  # batches of 1, 2 and 4
+    assert recorder.recorded == 3  # batches of 1, 2 and 4, no prompts
     layer_bench.add_all(core)
     assert layer_bench.drain(core) == layer_bench.alone
 
@@ -253,7 +302,7 @@ def test_steps_with_prompts_or_image_rows_are_not_taken(layer_bench: Any) -> Non
     graphs = DecodeGraphs(layer_bench.decoder, pool, Spoiled(), **core_like)
     decoding = _chunk()
     assert not graphs.takes([decoding])  # nothing is recorded yet
-    graphs._recordings[DecodeShape(1, 64)] = object()  # type: ignore[assignment]
+    graphs._recordings._recordings[1, 64] = object()  # type: ignore[assignment]
     assert graphs.takes([decoding])
     assert graphs.takes([_chunk(spans=[SimpleNamespace(start=0, stop=9)])])
     others = [

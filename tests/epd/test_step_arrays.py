@@ -14,7 +14,7 @@ from epd.request import SamplingParams
 from epd.scheduler import Chunk
 from epd.sequence import Sequence
 from epd.staging import Layout, send_all
-from epd.step_arrays import send_step
+from epd.step_arrays import step_arrays
 
 CPU, SIZE, GROUPS = torch.device("cpu"), 4, 2
 
@@ -41,7 +41,7 @@ def test_every_token_has_its_id_its_place_and_its_slot(steady: bool) -> None:
     source = random.Random(3)
     for _ in range(50):
         chunks = [_chunk(source, f"r{i}") for i in range(source.randint(1, 5))]
-        step = send_step(chunks, CPU, num_groups=GROUPS, block_size=SIZE, steady=steady)
+        step = step_arrays(chunks, num_groups=GROUPS, block_size=SIZE, steady=steady).send(CPU)
         rows = [(c, c.sequence.num_computed + i) for c in chunks for i in range(c.length)]
         assert step.positions.tolist() == [place + 7 for _, place in rows]
         assert step.ids.tolist() == [c.sequence.tokens[place] for c, place in rows]
@@ -88,7 +88,7 @@ def test_blocks_that_lie_nowhere_are_written_nowhere_and_read_anywhere() -> None
     chunk = _chunk(random.Random(1), "r")
     assert chunk.sequence.table is not None
     chunk.sequence.table.blocks = [[-1] * 20, [-1] * 20]
-    step = send_step([chunk], CPU, num_groups=GROUPS, block_size=SIZE, steady=True)
+    step = step_arrays([chunk], num_groups=GROUPS, block_size=SIZE, steady=True).send(CPU)
     for batch in step.groups:
         assert bool((batch.slot_mapping < 0).all())
         assert bool((batch.block_tables == 0).all())

@@ -1,0 +1,89 @@
+"""Steps recorded by shape. All find their inputs in one buffer, which the host fills and sends."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import structlog
+
+from epd.staging import HostArray, Layout
+
+if TYPE_CHECKING:
+    import torch
+
+    from epd.graphs import Recorder
+
+    Fill = Callable[[Sequence[HostArray]], None]
+    Make = Callable[[tuple[int, ...], Sequence[torch.Tensor]], Callable[[], None]]
+
+__all__ = ["Recordings"]
+
+_log = structlog.get_logger("epd.core")
+
+
+@dataclass(frozen=True, slots=True)
+class _Recording:
+    """The views that the host fills, how much of the buffer it sends, and what repeats the step."""
+
+    arrays: Sequence[HostArray]
+    nbytes: int
+    repeat: Callable[[], None]
+
+
+class Recordings:
+    """`layout` tells the inputs of a shape, `make` builds the step that reads them."""
+
+    def __init__(
+        self, recorder: Recorder, shapes: Sequence[tuple[int, ...]], *,
+        layout: Callable[[tuple[int, ...]], Layout], make: Make,
+    ) -> None:  # fmt: skip
+        self._recorder = recorder
+        self._shapes = shapes
+        self._layout = layout
+        self._make = make
+        self._recordings: dict[tuple[int, ...], _Recording] = {}
+        largest = max(layout(shape).nbytes for shape in shapes)
+        self._host, self._device = recorder.buffers(largest)
+
+    @property
+    def ready(self) -> bool:
+        """Whether `record` was called."""
+        return bool(self._recordings)
+
+    def record(self, kind: str, max_bytes: int, fill: Fill) -> int:
+        """How many shapes were recorded, in their order, until recordings hold `max_bytes`.
+
+        The others will run call by call. `fill` writes inputs that leave no trace.
+        """
+        begin, count = time.monotonic(), 0
+        for shape in self._shapes:
+            layout = self._layout(shape)
+            step = self._make(shape, layout.tensors(self._device))
+            arrays = layout.arrays(self._host)
+            self._write(arrays, layout.nbytes, fill)
+            if self._recorder.held_bytes() <= max_bytes:
+                step = self._recorder.record(step)
+                count += 1
+            else:
+                step()
+            self._recordings[shape] = _Recording(arrays, layout.nbytes, step)
+        _log.info(
+            "steps recorded", kind=kind, count=count, left_out=len(self._shapes) - count,
+            seconds=round(time.monotonic() - begin, 1),
+            megabytes=self._recorder.held_bytes() >> 20,
+        )  # fmt: skip
+        return count
+
+    def run(self, shape: tuple[int, ...], fill: Fill) -> None:
+        """The step of `shape` on what `fill` writes."""
+        recording = self._recordings[shape]
+        self._write(recording.arrays, recording.nbytes, fill)
+        recording.repeat()
+
+    def _write(self, arrays: Sequence[HostArray], nbytes: int, fill: Fill) -> None:
+        self._recorder.ready()
+        fill(arrays)
+        self._recorder.send(self._host[:nbytes], self._device[:nbytes])
