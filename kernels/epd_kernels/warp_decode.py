@@ -28,8 +28,8 @@ class WarpConfig:
     """Groups of 16 positions per step, programs per multiprocessor, and registers a thread."""
 
     groups: int = 2
-    occupancy: int = 16
-    max_registers: int | None = 128
+    occupancy: int = 12
+    max_registers: int | None = 168
     num_warps: int = 1
 
 
