@@ -3,8 +3,8 @@
 A place is the first token at which the count, or the mass, of the tokens so far exceeds a goal. A
 program per row seeks up to three of them: the last token of top-k, the last of top-p, and the one
 that is drawn. Where the place lies in the head of the row (see `token_ranks`), its ranks are halved
-in registers, between logits, then between ids of equal ones; else passes over the row first halve
-all of them until at most HEAD are left.
+in registers, between logits, then between ids of equal ones; else those of its fine bin are, once
+passes over the row have left at most HEAD of them.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 from .launch import jit, tl
 from .token_ranks import (
     DEPTH,
+    FINE,
     HIGHEST,
     INFINITY,
     LOWEST,
@@ -19,6 +20,7 @@ from .token_ranks import (
     NOTHING,
     STATE,
     depth_of,
+    fine_bin,
     head_size,
     key_of,
     mass_of,
@@ -74,15 +76,42 @@ def _sum_row(
 
 
 @jit
+def _fine_place(
+    fine: tl.tensor, goal: tl.tensor, by_count: tl.tensor
+) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
+    """The fine bin of a place; how many tokens up to and above it, and the mass above."""
+    o_f = tl.arange(0, FINE)
+    b_mass, b_count = tl.load(fine + o_f), tl.load(fine + FINE + o_f)
+    b_reached = tl.cumsum(tl.where(by_count, b_count, b_mass), axis=0)
+    i_bin = tl.sum((b_reached <= goal).to(tl.int32), axis=0)
+    up_to = tl.sum(tl.where(o_f <= i_bin, b_count, 0), axis=0)
+    above = tl.sum(tl.where(o_f < i_bin, b_count, 0), axis=0)
+    above_mass = tl.sum(tl.where(o_f < i_bin, b_mass, 0), axis=0)
+    return i_bin, up_to, above, above_mass
+
+
+@jit
+def _bounds(
+    i_bin: tl.tensor, best: tl.tensor, top: tl.tensor, scale: tl.tensor, ID_BITS: tl.constexpr
+) -> tuple[tl.tensor, tl.tensor]:
+    """Ranks that no token of a fine bin lies outside of; the bins beside it are let in."""
+    slack = tl.abs(top) * 1e-6
+    least = top - (i_bin.to(tl.float32) + 2.0) * (DEPTH / FINE) / scale - slack
+    most = top - (i_bin.to(tl.float32) - 1.0) * (DEPTH / FINE) / scale + slack
+    low = key_of(tl.maximum(least, -3e38)).to(tl.int64) << ID_BITS
+    high = (key_of(tl.minimum(most, 3e38)).to(tl.int64) + 1) << ID_BITS
+    return low, tl.minimum(high, best)
+
+
+@jit
 def _narrow(
-    logits: tl.tensor, ranks: tl.tensor, best: tl.tensor, total: tl.tensor, goal: tl.tensor,
+    logits: tl.tensor, ranks: tl.tensor, fine: tl.tensor, best: tl.tensor, goal: tl.tensor,
     by_count: tl.tensor, top: tl.tensor, scale: tl.tensor, V: tl.tensor, ID_BITS: tl.constexpr,
     CHUNK: tl.constexpr, HEAD: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor]:  # fmt: skip
     """Leave at most HEAD ranks around a place at `ranks`; how many, count and mass above them."""
-    floor = tl.maximum(top - (DEPTH + 1.0) / scale, -3e38)
-    low, high = key_of(floor).to(tl.int64) << ID_BITS, best
-    up_to, above, above_mass = total, total * 0, total * 0
+    i_bin, up_to, above, above_mass = _fine_place(fine, goal, by_count)
+    low, high = _bounds(i_bin, best, top, scale, ID_BITS)
     while up_to - above > HEAD:
         middle = _middle(low, high, ID_BITS)
         count, mass, lowest, highest = _sum_row(logits, middle, top, scale, V, ID_BITS, CHUNK)
@@ -90,17 +119,24 @@ def _narrow(
         # no farther out than the nearest token: what lies between logits costs no pass
         lowest_rank = tl.maximum(middle, lowest.to(tl.int64) << ID_BITS)
         highest_rank = tl.minimum(middle, (highest.to(tl.int64) + 1) << ID_BITS) - 1
-        low, up_to = tl.where(is_deep, lowest_rank, low), tl.where(is_deep, count, up_to)
-        high, above = tl.where(is_deep, high, highest_rank), tl.where(is_deep, above, count)
-        above_mass = tl.where(is_deep, above_mass, mass)
+        low = tl.where(is_deep, tl.maximum(low, lowest_rank), low)
+        high = tl.where(is_deep, high, tl.minimum(high, highest_rank))
+        # bounds may lie outside of the bin, whose own counts are then the nearer ones
+        up_to = tl.where(is_deep, tl.minimum(up_to, count), up_to)
+        above = tl.where(is_deep, above, tl.maximum(above, count))
+        above_mass = tl.where(is_deep, above_mass, tl.maximum(above_mass, mass))
     start = 0
     for i_v in range(0, V, CHUNK):
         o_v = i_v + tl.arange(0, CHUNK)
         b_x = tl.load(logits + o_v, o_v < V, float("-inf"))
-        b_rank = rank_of(b_x, o_v, ID_BITS)
-        m_v = (depth_of(b_x, top, scale) < DEPTH) & (b_rank >= low) & (b_rank <= high)
-        put_ranks(ranks, b_rank, m_v, start)
-        start += tl.sum(m_v.to(tl.int32), axis=0)
+        b_depth, b_rank = depth_of(b_x, top, scale), rank_of(b_x, o_v, ID_BITS)
+        m_v = b_depth < DEPTH
+        m_in = m_v & (fine_bin(tl.where(m_v, b_depth, 0.0)) == i_bin)
+        m_in = m_in & (b_rank >= low) & (b_rank <= high)
+        found = tl.sum(m_in.to(tl.int32), axis=0)
+        if found > 0:
+            put_ranks(ranks, b_rank, m_in, start)
+        start += found
     # other threads of this program read what was written
     tl.debug_barrier()
     return up_to - above, above, above_mass
@@ -151,10 +187,10 @@ def _least_rank(
 
 @jit
 def _draw(
-    logits: tl.tensor, ranks: tl.tensor, state: tl.tensor, best: tl.tensor, top: tl.tensor,
-    scale: tl.tensor, warmth: tl.tensor, top_k: tl.tensor, top_p: tl.tensor, min_p: tl.tensor,
-    point: tl.tensor, V: tl.tensor, ID_BITS: tl.constexpr, CHUNK: tl.constexpr,
-    HEAD: tl.constexpr,
+    logits: tl.tensor, ranks: tl.tensor, state: tl.tensor, fine: tl.tensor, best: tl.tensor,
+    top: tl.tensor, scale: tl.tensor, warmth: tl.tensor, top_k: tl.tensor, top_p: tl.tensor,
+    min_p: tl.tensor, point: tl.tensor, V: tl.tensor, ID_BITS: tl.constexpr,
+    CHUNK: tl.constexpr, HEAD: tl.constexpr,
 ) -> tl.tensor:  # fmt: skip
     """The rank drawn from one row: the mass of each filter's tokens, then the place of the point.
 
@@ -190,8 +226,8 @@ def _draw(
             start = total * 0
             if tl.where(by_count, num_head, head_mass) <= goal:
                 count, above, above_mass = _narrow(
-                    logits, ranks + HEAD, best, total, goal, by_count, top, scale, V, ID_BITS,
-                    CHUNK, HEAD,
+                    logits, ranks + HEAD, fine, best, goal, by_count, top, scale, V, ID_BITS, CHUNK,
+                    HEAD,
                 )  # fmt: skip
                 start += HEAD
             b_near, b_share = _load_ranks(ranks + start, count, top, scale, ID_BITS, HEAD)
@@ -203,8 +239,8 @@ def _draw(
 
 @jit
 def draw_kernel(
-    logits: tl.tensor, best: tl.tensor, state: tl.tensor, ranks: tl.tensor, out: tl.tensor,
-    temperature: tl.tensor, top_k: tl.tensor, top_p: tl.tensor, min_p: tl.tensor,
+    logits: tl.tensor, best: tl.tensor, state: tl.tensor, fine: tl.tensor, ranks: tl.tensor,
+    out: tl.tensor, temperature: tl.tensor, top_k: tl.tensor, top_p: tl.tensor, min_p: tl.tensor,
     points: tl.tensor, stride: tl.tensor, chunks: tl.tensor, V: tl.tensor,
     ID_BITS: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, HEAD: tl.constexpr,
 ) -> None:  # fmt: skip
@@ -215,7 +251,8 @@ def draw_kernel(
     is_finite = (key < INFINITY) & (key > NOTHING)
     if is_drawn:
         rank = _draw(
-            logits + i_s * stride, ranks + i_s * (2 * HEAD), state + i_s * STATE, rank, top, scale,
+            logits + i_s * stride, ranks + i_s * (2 * HEAD), state + i_s * STATE,
+            fine + i_s * (2 * FINE), rank, top, scale,
             tl.load(temperature + i_s).to(tl.float64), tl.load(top_k + i_s).to(tl.int64),
             tl.load(top_p + i_s).to(tl.float64), tl.load(min_p + i_s).to(tl.float64),
             tl.load(points + i_s).to(tl.float64), V, ID_BITS, CHUNK, HEAD,

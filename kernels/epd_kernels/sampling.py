@@ -20,7 +20,7 @@ import torch
 
 from .launch import INTERPRETED, next_power_of_2
 from .ranked_draw import draw_kernel
-from .token_ranks import STATE_SIZE, best_kernel, count_kernel, head_kernel
+from .token_ranks import FINE_SIZE, STATE_SIZE, best_kernel, count_kernel, head_kernel
 
 __all__ = ["DrawConfig", "draw_config", "draw_tokens", "draw_tokens_ref", "keep_counts"]
 
@@ -90,16 +90,20 @@ def draw_tokens_triton(
     chunks = -(-vocab // chunk)
     best = torch.empty(rows, chunks, dtype=torch.int64, device=device)
     state = torch.empty(rows, STATE_SIZE, dtype=torch.int64, device=device)
+    fine = torch.empty(rows, 2 * FINE_SIZE, dtype=torch.int64, device=device)
     ranks = torch.empty(rows, 2 * head, dtype=torch.int64, device=device)
     grid, stride = (rows, chunks), logits.stride(0)
     bits = {"ID_BITS": vocab.bit_length(), "CHUNK": chunk, "num_warps": launch.num_warps}
     wide = bits | {"CHUNKS": next_power_of_2(chunks)}
-    best_kernel[grid](logits, best, state, stride, vocab, **bits)
+    best_kernel[grid](logits, best, state, fine, stride, vocab, **bits)
     count_kernel[grid](logits, best, state, temperature, stride, vocab, **wide)
-    head_kernel[grid](logits, best, state, ranks, temperature, stride, vocab, HEAD=head, **wide)
+    head_kernel[grid](
+        logits, best, state, fine, ranks, temperature, top_k, top_p, points, stride, vocab,
+        HEAD=head, **wide,
+    )  # fmt: skip
     wide |= {"CHUNK": launch.pass_chunk, "num_warps": launch.pass_warps}
     draw_kernel[(rows,)](
-        logits, best, state, ranks, out, *told, stride, chunks, vocab, HEAD=head, **wide
+        logits, best, state, fine, ranks, out, *told, stride, chunks, vocab, HEAD=head, **wide
     )
     return out
 
@@ -121,4 +125,4 @@ class DrawConfig:
 
 def draw_config() -> DrawConfig:
     """The launch configuration, tiny where interpreted so that every path is taken."""
-    return DrawConfig(128, 4, 64, 128, 4) if INTERPRETED else DrawConfig(4096, 8, 4096, 4096, 16)
+    return DrawConfig(128, 4, 64, 128, 4) if INTERPRETED else DrawConfig(2048, 4, 2048, 4096, 8)

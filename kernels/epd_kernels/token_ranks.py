@@ -7,7 +7,8 @@ Sums of masses are exact integers, so nothing depends on the order in which prog
 
     best    best rank of each chunk of the row
     count   tokens by bins of depth, and the mass of all, over all chunks
-    head    ranks of the first whole bins that hold at most HEAD tokens together, side by side
+    head    ranks of the first whole bins that hold at most HEAD tokens together, side by side; of
+            flat rows, whose places may lie behind them, mass and tokens by fine bins of depth
 
 Rows that are not drawn from, greedy or not finite, end after the first.
 """
@@ -16,13 +17,16 @@ from __future__ import annotations
 
 from .launch import constant, jit, tl
 
-__all__ = ["DEPTH", "HIGHEST", "INFINITY", "LOWEST", "MASS_AT", "NOTHING", "STATE", "STATE_SIZE",
-           "best_kernel", "bins_of", "count_kernel", "depth_of", "head_kernel", "head_size",
-           "key_of", "mass_of", "put_ranks", "rank_of", "row_facts", "value_of"]  # fmt: skip
+__all__ = ["DEPTH", "FINE", "FINE_SIZE", "HIGHEST", "INFINITY", "LOWEST", "MASS_AT", "NOTHING",
+           "STATE", "STATE_SIZE", "best_kernel", "count_kernel", "depth_of", "fine_bin",
+           "head_kernel", "head_size", "key_of", "mass_of", "put_ranks", "rank_of", "row_facts",
+           "value_of"]  # fmt: skip
 
 STATE_SIZE = 128  # integers per row: a count per bin, then the two named below
 STATE, _BINS = constant(STATE_SIZE), constant(64)
 MASS_AT, _FILLED_AT = constant(64), constant(65)
+FINE_SIZE = 512  # bins of a flat row, whose masses come first, then their counts
+FINE = constant(FINE_SIZE)
 DEPTH = constant(40.0)
 _UNIT = constant(float(1 << 40))
 LOWEST, HIGHEST = constant(-(1 << 63)), constant((1 << 63) - 1)
@@ -63,17 +67,23 @@ def mass_of(depth: tl.tensor) -> tl.tensor:
 
 
 @jit
-def bins_of(depth: tl.tensor) -> tl.tensor:
+def _bin(depth: tl.tensor) -> tl.tensor:
     """The bin of a depth below `DEPTH`."""
     return tl.minimum((depth * (_BINS / DEPTH)).to(tl.int32), _BINS - 1)
 
 
 @jit
+def fine_bin(depth: tl.tensor) -> tl.tensor:
+    """The fine bin of a depth below `DEPTH`."""
+    return tl.minimum((depth * (FINE / DEPTH)).to(tl.int32), FINE - 1)
+
+
+@jit
 def best_kernel(
-    logits: tl.tensor, best: tl.tensor, state: tl.tensor, stride: tl.tensor, V: tl.tensor,
-    ID_BITS: tl.constexpr, CHUNK: tl.constexpr,
+    logits: tl.tensor, best: tl.tensor, state: tl.tensor, fine: tl.tensor, stride: tl.tensor,
+    V: tl.tensor, ID_BITS: tl.constexpr, CHUNK: tl.constexpr,
 ) -> None:  # fmt: skip
-    """The best rank of one chunk per program; the first of a row clears its state."""
+    """The best rank of one chunk per program; the first of a row clears its state and bins."""
     i_s, i_c = tl.program_id(0).to(tl.int64), tl.program_id(1)
     o_v = i_c * CHUNK + tl.arange(0, CHUNK)
     b_x = tl.load(logits + i_s * stride + o_v, o_v < V, 0.0)
@@ -82,6 +92,8 @@ def best_kernel(
     if i_c == 0:
         o_f = tl.arange(0, STATE)
         tl.store(state + i_s * STATE + o_f, tl.zeros((STATE,), tl.int64))
+        o_f = tl.arange(0, 2 * FINE)
+        tl.store(fine + i_s * (2 * FINE) + o_f, tl.zeros((2 * FINE,), tl.int64))
 
 
 @jit
@@ -107,13 +119,14 @@ def count_kernel(
 ) -> None:  # fmt: skip
     """Tokens of one chunk by depth, and their mass, added to the state of the row."""
     i_s, count = tl.program_id(0).to(tl.int64), tl.num_programs(1)
+    o_v = tl.program_id(1) * CHUNK + tl.arange(0, CHUNK)
+    # under way while the facts are read
+    b_x = tl.load(logits + i_s * stride + o_v, o_v < V, float("-inf"))
     _, top, scale, is_drawn = row_facts(best, temperature, i_s, count, ID_BITS, CHUNKS)
     if is_drawn:
-        o_v = tl.program_id(1) * CHUNK + tl.arange(0, CHUNK)
-        b_x = tl.load(logits + i_s * stride + o_v, o_v < V, float("-inf"))
         b_depth = depth_of(b_x, top, scale)
         m_v = b_depth < DEPTH
-        b_bin = bins_of(tl.where(m_v, b_depth, 0.0))
+        b_bin = _bin(tl.where(m_v, b_depth, 0.0))
         b_count = tl.histogram(b_bin, _BINS, mask=m_v).to(tl.int64)
         o_b = tl.arange(0, _BINS)
         tl.atomic_add(state + i_s * STATE + o_b, b_count, mask=b_count != 0, sem="relaxed")
@@ -137,22 +150,50 @@ def put_ranks(ranks: tl.tensor, b_rank: tl.tensor, m_v: tl.tensor, start: tl.ten
 
 
 @jit
+def _is_flat(
+    state: tl.tensor, bins: tl.tensor, num_head: tl.tensor, top_k: tl.tensor, top_p: tl.tensor,
+    point: tl.tensor,
+) -> tl.tensor:  # fmt: skip
+    """Whether a place may lie behind the head: not where even the most that the other bins can
+    weigh leaves the head enough.
+    """
+    o_b = tl.arange(0, _BINS)
+    b_count = tl.load(state + o_b)
+    total, mass = tl.sum(b_count, axis=0), tl.load(state + MASS_AT).to(tl.float64)
+    b_most = b_count.to(tl.float32) * tl.exp2(-(o_b.to(tl.float32) * (DEPTH / _BINS)))
+    tail = tl.sum(tl.where(o_b < bins, 0.0, b_most), axis=0).to(tl.float64) * (1.001 * _UNIT)
+    reach = tl.where(top_p < 1.0, top_p, point) * mass
+    is_far = reach > mass * (1.0 - 1e-12) - tail
+    is_behind = tl.where((top_k > 0) & (top_k < total), top_k > num_head, is_far)
+    return is_behind & (num_head < total)
+
+
+@jit
 def head_kernel(
-    logits: tl.tensor, best: tl.tensor, state: tl.tensor, ranks: tl.tensor,
-    temperature: tl.tensor, stride: tl.tensor, V: tl.tensor, ID_BITS: tl.constexpr,
-    CHUNK: tl.constexpr, CHUNKS: tl.constexpr, HEAD: tl.constexpr,
+    logits: tl.tensor, best: tl.tensor, state: tl.tensor, fine: tl.tensor, ranks: tl.tensor,
+    temperature: tl.tensor, top_k: tl.tensor, top_p: tl.tensor, points: tl.tensor,
+    stride: tl.tensor, V: tl.tensor, ID_BITS: tl.constexpr, CHUNK: tl.constexpr,
+    CHUNKS: tl.constexpr, HEAD: tl.constexpr,
 ) -> None:  # fmt: skip
     """Ranks of one chunk that belong to the head of its row, in no order among chunks."""
     i_s, count = tl.program_id(0).to(tl.int64), tl.num_programs(1)
+    o_v = tl.program_id(1) * CHUNK + tl.arange(0, CHUNK)
+    b_x = tl.load(logits + i_s * stride + o_v, o_v < V, float("-inf"))
     _, top, scale, is_drawn = row_facts(best, temperature, i_s, count, ID_BITS, CHUNKS)
     if is_drawn:
-        bins, _ = head_size(state + i_s * STATE, HEAD)
-        o_v = tl.program_id(1) * CHUNK + tl.arange(0, CHUNK)
-        b_x = tl.load(logits + i_s * stride + o_v, o_v < V, float("-inf"))
+        state += i_s * STATE
+        bins, num_head = head_size(state, HEAD)
         b_depth = depth_of(b_x, top, scale)
         m_v = b_depth < DEPTH
-        m_v = m_v & (bins_of(tl.where(m_v, b_depth, 0.0)) < bins)
-        found = tl.sum(m_v.to(tl.int64), axis=0)
+        m_head = m_v & (_bin(tl.where(m_v, b_depth, 0.0)) < bins)
+        found = tl.sum(m_head.to(tl.int64), axis=0)
         if found > 0:
-            start = tl.atomic_add(state + i_s * STATE + _FILLED_AT, found, sem="relaxed")
-            put_ranks(ranks + i_s * (2 * HEAD), rank_of(b_x, o_v, ID_BITS), m_v, start)
+            start = tl.atomic_add(state + _FILLED_AT, found, sem="relaxed")
+            put_ranks(ranks + i_s * (2 * HEAD), rank_of(b_x, o_v, ID_BITS), m_head, start)
+        if _is_flat(
+            state, bins, num_head, tl.load(top_k + i_s).to(tl.int64),
+            tl.load(top_p + i_s).to(tl.float64), tl.load(points + i_s).to(tl.float64),
+        ):  # fmt: skip
+            p_fine = fine + i_s * (2 * FINE) + fine_bin(tl.where(m_v, b_depth, 0.0))
+            tl.atomic_add(p_fine, mass_of(b_depth), mask=m_v, sem="relaxed")
+            tl.atomic_add(p_fine + FINE, m_v.to(tl.int64), mask=m_v, sem="relaxed")

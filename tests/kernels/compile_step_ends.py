@@ -19,7 +19,7 @@ VOCABULARIES = (32_064, 151_936)
 def draws() -> dict[str, Any]:
     launched = sampling.draw_config()
     warps = launched.num_warps
-    types = dict.fromkeys(("best", "state", "ranks", "out"), "*i64") | {"logits": "*fp32"}
+    types = dict.fromkeys(("best", "state", "fine", "ranks", "out"), "*i64") | {"logits": "*fp32"}
     types |= dict.fromkeys(("temperature", "top_k", "top_p", "min_p", "points"), "*fp64")
     found = {}
     for size in VOCABULARIES:
