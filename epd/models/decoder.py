@@ -117,7 +117,7 @@ class Decoder(nn.Module):
 
         `scheme` rounds the linear layers to the nearest code, one at a time.
         """
-        paths = linear_paths(config) if scheme is not None else ()
+        paths = linear_paths(config, scheme) if scheme is not None else ()
         decoder = cls(config, device, resolve_dtype(device, dtype), without=paths)
         generator = torch.Generator(device).manual_seed(seed)
         if scheme is not None:

@@ -11,7 +11,7 @@ from torch import nn
 
 from epd.models.layers import DecoderLayer
 from epd.models.quantization import SCHEMES
-from epd.models.quantized_layers import FUSED
+from epd.models.quantized_layers import FUSED, HEAD
 from epd_kernels import Fp8Linear, QuantLinear, Scheme, quantize_weight, quantize_weight_fp8
 
 if TYPE_CHECKING:
@@ -26,21 +26,31 @@ STANDARD_DEVIATION = 0.02
 _GROUPS = (128, 64, 32)
 
 
-def linear_paths(config: DecoderConfig) -> list[str]:
-    """Every linear layer of a decoder by its path there."""
-    return [f"layers.{index}.{name}" for index in range(config.num_layers) for name in FUSED]
+def linear_paths(config: DecoderConfig, scheme: str) -> list[str]:
+    """The linear layers of a decoder that `scheme` rounds, by their paths there.
+
+    The head, unless tied, is among them where activations are in FP8, as `epd quantize` has it.
+    """
+    paths = [f"layers.{index}.{name}" for index in range(config.num_layers) for name in FUSED]
+    fp8 = scheme in ("fp8", "w4a8-fp8") and config.hidden_size % 16 == 0
+    return [*paths, HEAD] if fp8 and not config.tie_word_embeddings else paths
 
 
 def install_random(decoder: Decoder, scheme: str, generator: torch.Generator) -> None:
-    """Put quantised random layers at every path of `linear_paths`."""
+    """Put quantised random layers at the paths of `linear_paths`."""
     template = DecoderLayer(decoder.config, dtype=decoder.dtype)
-    for path, shape in zip(linear_paths(decoder.config), _cycle(template), strict=False):
-        weight = torch.empty(shape.weight.shape, dtype=decoder.dtype, device=decoder.device)
-        weight.normal_(0.0, STANDARD_DEVIATION, generator=generator)
-        bias = None
-        if shape.bias is not None:
-            bias = torch.empty(len(weight), dtype=decoder.dtype, device=decoder.device)
-            bias.normal_(0.0, STANDARD_DEVIATION, generator=generator)
+
+    def draw(*shape: int) -> torch.Tensor:
+        numbers = torch.empty(shape, dtype=decoder.dtype, device=decoder.device)
+        return numbers.normal_(0.0, STANDARD_DEVIATION, generator=generator)
+
+    for path, shape in zip(linear_paths(decoder.config, scheme), _cycle(template), strict=False):
+        if path == HEAD:
+            rows = -(-decoder.config.vocab_size // 16) * 16  # the FP8 product asks for that
+            decoder.head = Fp8Linear(quantize_weight_fp8(draw(rows, decoder.config.hidden_size)))
+            continue
+        weight = draw(*shape.weight.shape)
+        bias = None if shape.bias is None else draw(len(weight))
         decoder.set_submodule(path, rounded(weight, scheme, bias=bias))
 
 

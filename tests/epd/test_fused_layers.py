@@ -115,6 +115,8 @@ def test_random_layers_are_their_rounded_weights(scheme: str) -> None:
     kinds = {type(m) for m in decoder.layers.modules()} & {QuantLinear, Fp8Linear, torch.nn.Linear}
     assert kinds == {Fp8Linear if scheme == "fp8" else QuantLinear}
     plain = Decoder.random(CONFIG, "cpu", torch.float32, seed=4)
+    assert isinstance(decoder.head, Fp8Linear) == (scheme in ("fp8", "w4a8-fp8"))
+    assert decoder.logits(torch.ones(2, 128)).shape == (2, CONFIG.vocab_size)
     assert decoder.resident_bytes() < 0.8 * plain.resident_bytes()
     layer = decoder.get_submodule("layers.1.feed_forward.down_proj")
     out = linear(layer, torch.eye(192))

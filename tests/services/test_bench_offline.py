@@ -148,6 +148,8 @@ def test_rounded_weights_are_smaller_and_rows_say_so(
         assert (row["quantize"], row["kv"], row["cuda_graphs"]) == (scheme, "int4", 0)
         assert row["command"].endswith(f"--quantize {scheme} --kv int4")
     saved = plain[0]["weight_bytes"] - rows[0]["weight_bytes"]
+    if scheme != "w4a16":  # the head is in FP8 then
+        saved -= 32064 * (64 * (4 - 1) - 4)
     # fp32 layers of 4 * 64 * 64 + 3 * 64 * 96 weights, less codes, scales and padding to 128 inputs
     weights = 2 * (4 * 64 * 64 + 3 * 64 * 96)
     assert weights * (4 - 1.2) < saved < weights * (4 - 0.5)
