@@ -8,12 +8,14 @@ import pytest
 import torch
 
 from epd.config import EngineConfig
+from epd.core import EngineCore
 from epd.demo import CHECKPOINT
 from epd.errors import CheckpointError, RoleError
 from epd.models.card import ModelCard
 from epd.models.decoder import Decoder
 from epd.models.vision import VisionEncoder
 from epd.roles import format_stages, parse_stages
+from epd_services.settings import Settings
 from epd_services.stage_loader import ModelLoader
 from epd_services.warm_weights import Component, WarmWeights
 
@@ -170,6 +172,29 @@ def test_a_component_without_room_is_not_kept() -> None:
     assert warm.keep(component("b", 100))
     warm.forget("b")
     assert (warm.used, warm.rests("b")) == (0, False)
+
+
+def test_a_core_is_warm_when_its_role_is_loaded(
+    card: ModelCard, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    warmed: list[EngineCore] = []
+    monkeypatch.setattr(EngineCore, "warm_up", warmed.append)
+    loader = Counting(card, warm_bytes=1 << 30)
+    cores = []
+    for letters, count in (("E", 0), ("ED", 1), ("D", 1), ("E", 1), ("PD", 2)):
+        loader.unload(parse_stages(letters))
+        loader.load(parse_stages(letters))
+        cores.append(loader.parts.core)
+        assert len(warmed) == count
+    assert warmed == [cores[1], cores[4]]
+
+
+def test_graphs_are_a_setting(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert Settings().engine().cuda_graphs
+    monkeypatch.setenv("EPD_CUDA_GRAPHS", "0")
+    monkeypatch.setenv("EPD_GRAPH_MEMORY_BYTES", "1000")
+    engine = Settings().engine()
+    assert (engine.cuda_graphs, engine.graph_memory_bytes) == (False, 1000)
 
 
 @pytest.mark.gpu
