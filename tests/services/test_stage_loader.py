@@ -15,7 +15,7 @@ from epd.models.card import ModelCard
 from epd.models.decoder import Decoder
 from epd.models.vision import VisionEncoder
 from epd.roles import format_stages, parse_stages
-from epd_services.settings import Settings
+from epd_services.settings import load_settings
 from epd_services.stage_loader import ModelLoader
 from epd_services.warm_weights import Component, WarmWeights
 
@@ -178,7 +178,7 @@ def test_a_core_is_warm_when_its_role_is_loaded(
     card: ModelCard, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     warmed: list[EngineCore] = []
-    monkeypatch.setattr(EngineCore, "warm_up", warmed.append)
+    monkeypatch.setattr(EngineCore, "warm_up", lambda core: warmed.append(core))
     loader = Counting(card, warm_bytes=1 << 30)
     cores = []
     for letters, count in (("E", 0), ("ED", 1), ("D", 1), ("E", 1), ("PD", 2)):
@@ -190,10 +190,10 @@ def test_a_core_is_warm_when_its_role_is_loaded(
 
 
 def test_graphs_are_a_setting(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert Settings().engine().cuda_graphs
+    assert load_settings()[0].engine().cuda_graphs
     monkeypatch.setenv("EPD_CUDA_GRAPHS", "0")
     monkeypatch.setenv("EPD_GRAPH_MEMORY_BYTES", "1000")
-    engine = Settings().engine()
+    engine = load_settings()[0].engine()
     assert (engine.cuda_graphs, engine.graph_memory_bytes) == (False, 1000)
 
 
