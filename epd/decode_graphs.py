@@ -172,7 +172,7 @@ class DecodeGraphs:
                 past, blocks = sequence.table.lengths[group], self._rows.of(sequence, group)
                 lengths[row] = past + 1
                 slots[row] = int(blocks[past // size]) * size + past % size
-                tables[row, : len(blocks)] = blocks
+                tables[row, : len(blocks)] = blocks[: tables.shape[1]]
             lengths[count:] = 0
             slots[count:] = -1
         self._rows.keep(sequences)

@@ -6,6 +6,7 @@ call, whatever their number.
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -90,7 +91,7 @@ class CudaGraphs(CalledAgain):
         super().__init__(device)
         self._stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
         self._pool = torch.cuda.graph_pool_handle()
-        self._free = self._free_bytes()
+        self._held = 0
 
     def record(self, work: Work) -> Work:
         """As of `Recorder`. The first run compiles kernels and makes what is made at first use."""
@@ -100,18 +101,23 @@ class CudaGraphs(CalledAgain):
         with torch.cuda.stream(self._stream):
             work()
             self._stream.synchronize()
+            free = self._free_bytes()
             # other threads may go on using the device
             graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
             try:
                 work()
-            finally:
-                graph.capture_end()
+            except BaseException:
+                with contextlib.suppress(RuntimeError):  # of a broken recording
+                    graph.capture_end()
+                raise
+            graph.capture_end()
+        self._held += max(0, free - self._free_bytes())
         current.wait_stream(self._stream)
         return graph.replay
 
     def held_bytes(self) -> int:
-        """Free memory that is gone since this was made."""
-        return max(0, self._free - self._free_bytes())
+        """Free memory that went while steps were recorded."""
+        return self._held
 
     def _free_bytes(self) -> int:
         return torch.cuda.mem_get_info(self.device)[0]

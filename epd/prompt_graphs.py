@@ -155,5 +155,5 @@ def _fill(arrays: Sequence[HostArray], step: StepArrays) -> None:
         starts, lengths, tables, slots = rest[4 * at : 4 * at + 4]
         starts[:] = (0, count, len(ids))
         lengths[:] = (group.lengths[0], 0)
-        tables[0, : group.tables.shape[1]] = group.tables[0]
+        tables[0, : group.tables.shape[1]] = group.tables[0, : tables.shape[1]]
         slots[:count], slots[count:] = group.slots, -1

@@ -8,12 +8,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import structlog
+import torch
 
 from epd.staging import HostArray, Layout
 
 if TYPE_CHECKING:
-    import torch
-
     from epd.graphs import Recorder
 
     Fill = Callable[[Sequence[HostArray]], None]
@@ -64,18 +63,27 @@ class Recordings:
             step = self._make(shape, layout.tensors(self._device))
             arrays = layout.arrays(self._host)
             self._write(arrays, layout.nbytes, fill)
+            repeat = None
             if self._recorder.held_bytes() <= max_bytes:
-                step = self._recorder.record(step)
-                count += 1
-            else:
+                repeat = self._recorded(step)
+            if repeat is None:
+                max_bytes = -1  # the larger ones will not fit either
                 step()
-            self._recordings[shape] = _Recording(arrays, layout.nbytes, step)
+            count += repeat is not None
+            self._recordings[shape] = _Recording(arrays, layout.nbytes, repeat or step)
         _log.info(
             "steps recorded", kind=kind, count=count, left_out=len(self._shapes) - count,
             seconds=round(time.monotonic() - begin, 1),
             megabytes=self._recorder.held_bytes() >> 20,
         )  # fmt: skip
         return count
+
+    def _recorded(self, step: Callable[[], None]) -> Callable[[], None] | None:
+        try:
+            return self._recorder.record(step)
+        except torch.OutOfMemoryError:
+            _log.warning("no memory to record a step; it will run call by call")
+            return None
 
     def run(self, shape: tuple[int, ...], fill: Fill) -> None:
         """The step of `shape` on what `fill` writes."""

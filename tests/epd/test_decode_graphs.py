@@ -279,6 +279,21 @@ def test_what_memory_does_not_allow_runs_call_by_call(
     assert layer_bench.drain(core) == layer_bench.alone
 
 
+def test_when_memory_ends_while_recording_the_rest_runs_call_by_call(
+    layer_bench: Any, build: Callable[..., EngineCore]
+) -> None:
+    class Full(Spoiled):
+        def record(self, work: Callable[[], None]) -> Callable[[], None]:
+            if self.recorded == 2:
+                raise torch.OutOfMemoryError
+            return super().record(work)
+
+    core = build(recorder := Full(), max_num_seqs=8, cuda_graphs=False)
+    layer_bench.add_all(core)
+    assert layer_bench.drain(core) == layer_bench.alone
+    assert recorder.recorded == 2
+
+
 def test_a_request_without_finite_logits_fails_alone(
     layer_bench: Any, build: Callable[..., EngineCore]
 ) -> None:
