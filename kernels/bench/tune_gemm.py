@@ -26,7 +26,7 @@ from timing import Windows, graph_timing
 from epd_kernels import launch
 from epd_kernels.launch import GemmConfig, read_launches, triton, tuned_name
 
-BUCKETS = (16, 32, 64, 128, 256, 640)
+BUCKETS = (8, 16, 32, 64, 128, 256, 640)
 SHORT = Windows(5, 3.0)
 
 
@@ -60,12 +60,21 @@ def candidates(m: int, bits: int) -> list[GemmConfig]:
             c for c in found
             if c.block_n * c.block_m <= 64 * 128 and c.num_stages <= 4 and c.unroll == 1
         ]  # fmt: skip
+    if m > 16 or bits == 16:
+        return found
     # as tiles ask for the same few activations together, some spread them over K
-    return found + [replace(c, turned=True) for c in found if m <= 16 and c.splits == 1]
+    found += [replace(c, turned=True) for c in found if c.splits == 1]
+    one_warp = product((16, 32, 64), (1, 2, 4))
+    return found + [
+        GemmConfig(n, 8 if m <= 8 else 16, 1, 1, ahead, early=True)
+        for n, ahead in one_warp if n * ahead <= 128
+    ]  # fmt: skip
 
 
-def fills(config: GemmConfig, m: int, n: int, sms: int) -> bool:
-    """Whether the programs of a launch are neither too few for the device nor split for nothing."""
+def fits(config: GemmConfig, m: int, n: int, k: int, sms: int) -> bool:
+    """Whether a launch divides K, and its programs are neither too few nor split for nothing."""
+    if config.num_warps == 1 and k // 128 % config.num_stages:
+        return False
     tiles = -(-m // config.block_m) * -(-n // config.block_n)
     return tiles * config.splits >= sms // 2 and (config.splits == 1 or tiles < 2 * sms)
 
@@ -79,12 +88,13 @@ def compile_candidates(scheme: str, k: int, buckets: list[int], share: int, shar
     for m in buckets:
         for config in candidates(m, 8 * codes.element_size()):
             variant = replace(config, splits=min(config.splits, 2))
-            if variant in seen:
+            if variant in seen or (config.num_warps == 1 and k // 128 % config.num_stages):
                 continue
             seen.add(variant)
             if len(seen) % shares == share:
                 try:
-                    case.calls(codes, scales, config)[0]()
+                    few = slice(config.block_m)
+                    case.calls(codes[few], None if scales is None else scales[few], config)[0]()
                 except Exception as error:
                     print(f"{scheme} K={k} {spelled(variant)}: {type(error).__name__}", flush=True)
     torch.cuda.synchronize()
@@ -139,7 +149,7 @@ class Tuner:
         times: dict[GemmConfig, float] = {}
         sms = torch.cuda.get_device_properties(0).multi_processor_count
         for config in candidates(m, 8 * codes.element_size()):
-            if not fills(config, m, case.shape[0], sms):
+            if not fits(config, m, *case.shape, sms):
                 continue
             times[config] = self._time(case, codes, scales, expected, config)
         best = sorted(times, key=times.__getitem__)[:3]

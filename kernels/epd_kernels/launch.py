@@ -133,7 +133,9 @@ class GemmConfig:
     steps of 128 input features share a trip of the loop where it divides their count; each stage
     then holds as many. `registers` bounds those of a thread, so that more programs share a
     multiprocessor. With `turned` each tile of rows begins its span of K one trip further on, so
-    that not all of them ask for the same activations at once.
+    that not all of them ask for the same activations at once. A launch of one warp is one of
+    `w4_few`: no spans, tiles of 16 to 64 rows by 8 or 16 tokens, and stages that count the steps
+    which weights travel ahead.
     """
 
     block_n: int

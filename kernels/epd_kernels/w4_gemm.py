@@ -18,6 +18,8 @@ span in a workspace, and the last to arrive adds them in fixed order, so two run
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch.nn import functional
 
@@ -34,6 +36,7 @@ from .launch import (
 )
 from .packing import TILE_K, Format, PackedWeight
 from .w4_epilogue import Spans, finish, residual_stride
+from .w4_few import takes_few, w4_few_triton
 from .w4_operands import operands
 
 __all__ = ["padded", "w4_gemm", "w4_gemm_ref"]
@@ -234,10 +237,12 @@ def w4_gemm_triton(
     if weight.zeros is not None and not (weight.centred and x.element_size() > 1):
         shifted = True
         zeros, sums = weight.zeros, group_sums(x, min(group, TILE_K), unit=1 / unit)
-    config = config or gemm_config(
-        x.device, M=tokens, N=features, K=width, bits=8 * x.element_size(),
-        scheme="" if shifted else _scheme(x, weight),
-    )  # fmt: skip
+    config = config or _config(x, weight, "" if shifted else _scheme(x, weight))
+    if config.num_warps == 1:
+        assert x_scales is not None and takes_few(x, weight, config)
+        return w4_few_triton(
+            x, weight, out, config, x_scales=x_scales, bias=bias, residual=residual
+        )
     steps = width // (2 * min(group, TILE_K // 2))
     held = torch.int32 if rowwise and weight.format is Format.HI4 else torch.float32
     spans = Spans.of(config, tokens, features, held, out)
@@ -253,6 +258,16 @@ def w4_gemm_triton(
         **config.options,
     )  # fmt: skip
     return out
+
+
+def _config(x: torch.Tensor, weight: PackedWeight, scheme: str) -> GemmConfig:
+    """The launch of the nearest shape; the rule's, where one warp cannot take this one."""
+    choose = partial(
+        gemm_config, x.device, M=len(x), N=weight.out_features, K=x.shape[1],
+        bits=8 * x.element_size(),
+    )  # fmt: skip
+    config = choose(scheme=scheme)
+    return config if config.num_warps > 1 or takes_few(x, weight, config) else choose()
 
 
 def _scheme(x: torch.Tensor, weight: PackedWeight) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from compile_for_hopper import build, describe
-from machine_code import overwritten_operands
+from machine_code import loop_body, overwritten_operands
 
 from epd_kernels.launch import GemmConfig, gemm_config
 
@@ -19,6 +19,8 @@ gemm = importlib.import_module("epd_kernels.w4_gemm")
 widen_16 = importlib.import_module("epd_kernels.w4_widen")
 widen = importlib.import_module("epd_kernels.w4_dequant")
 folded = importlib.import_module("epd_kernels.w4_folded")
+few = importlib.import_module("epd_kernels.w4_few")
+lanes = importlib.import_module("epd_kernels.w4_lanes")
 
 WIDTH = 4096
 SCHEMES = {
@@ -28,6 +30,10 @@ SCHEMES = {
     "hi4-int8": ("hi4", "i8", 128),
     "hi4-int8-row": ("hi4", "i8", WIDTH),
 }
+FEW = (
+    ("sm7-fp8", 16, 16, 4), ("sm7-fp8", 16, 8, 4), ("hi4-int8-row", 16, 16, 4),
+    ("hi4-int8-row", 32, 8, 2), ("hi4-int8", 32, 16, 2),
+)  # fmt: skip
 FOLDED = ((128, 64, 4, 4), (64, 64, 4, 4), (128, 128, 4, 4), (256, 128, 8, 4))
 
 
@@ -75,6 +81,20 @@ def folded_product(config: GemmConfig) -> dict[str, Any]:
     return _counted(folded._folded_kernel, types, fixed, config)
 
 
+def few_product(scheme: str, config: GemmConfig) -> dict[str, Any]:
+    """The product of a few tokens, by programs of one warp."""
+    fp8, rowwise = scheme == "sm7-fp8", scheme == "hi4-int8-row"
+    types = {"x": "*u8", "data": "*u8", "scales": "*fp32", "x_scales": "*fp32", "out": "*bf16",
+             "unit": "fp32"}  # fmt: skip
+    product, constraints = (lanes.fp8_product if fp8 else lanes.int8_product)(config.block_m // 8)
+    fixed = {
+        "bias": None, "residual": None, "K": WIDTH, "FP8": fp8, "ROWWISE": rowwise,
+        "BLOCKS": config.block_n // 16, "GROUPS": config.block_m // 8, "TRIP": config.num_stages,
+        "EARLY": config.early, "PRODUCT": product, "IO": constraints,
+    }  # fmt: skip
+    return _counted(few._few_kernel, types, fixed, config)
+
+
 def _counted(
     kernel: Any, types: dict[str, str], fixed: dict[str, Any], config: GemmConfig
 ) -> dict[str, Any]:
@@ -83,11 +103,14 @@ def _counted(
         even=("N", "stride_x", "stride_r"), registers=config.registers,
     )  # fmt: skip
     result = describe(built)
-    # one trip of the loop takes 128 inputs of each row
-    trip = config.block_n * 128 * config.unroll
+    # one trip of the loop takes 128 inputs of each row, or as many tiles as travel ahead
+    steps = config.num_stages if config.num_warps == 1 else config.unroll
+    trip = config.block_n * 128 * steps
     result["per_weight"] = result["loop"] * config.num_warps * 32 / trip
     # the last wait of a loop body that loads scales by hand would stall on memory
     result["prefetches"] = built.asm["ptx"].count("prefetch.L2")
+    result["shared"] = built.metadata.shared
+    result["barriers"] = sum(t.startswith("BAR") for t in loop_body(built.asm["sass"]))
     result["loads"] = built.asm["ttgir"].split("scf.for")[1].split("scf.yield")[0].count("tt.load")
     result["overwritten"] = overwritten_operands(built.asm["sass"])
     return result
@@ -111,6 +134,9 @@ def all_gemms() -> dict[str, dict[str, Any]]:
     for block_n, tokens, warps, stages in FOLDED:
         config = GemmConfig(block_n, tokens, 1, warps, stages)
         found[f"folded-{block_n}x{tokens}"] = folded_product(config)
+    for scheme, rows, tokens, steps in FEW:
+        config = GemmConfig(rows, tokens, 1, 1, steps, early=True)
+        found[f"few-{scheme}-{rows}x{tokens}"] = few_product(scheme, config)
     return found
 
 

@@ -6,9 +6,13 @@ import ctypes
 import re
 
 import numpy as np
+import torch
 
 LANES = np.arange(32)
 ROW, COLUMN = LANES // 4, LANES % 4
+
+_TABLES = {"0xEA": lambda a, b, c: a & b | c}
+_E4M3 = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).half().numpy()
 
 
 def execute(asm: str, constraints: str, values: list[np.ndarray]) -> list[np.ndarray]:
@@ -53,6 +57,12 @@ def _step(registers: dict[str, np.ndarray], opcode: str, operands: list[list[str
         left, right, added = sources
         result = _product([halves(n) for n in left], [halves(n) for n in right],
                           [floats(n) for n in added])  # fmt: skip
+    elif opcode.startswith("mma.sync.aligned.m16n8k32"):
+        left, right, added = sources
+        result = _integer_product(*([words(n) for n in names] for names in (left, right, added)))
+    elif opcode == "cvt.rn.f16x2.e4m3x2":
+        pair = np.ascontiguousarray(registers[first[0]]).view(np.uint8).reshape(32, 2)
+        result = [_E4M3[pair]]
     elif opcode.startswith("movmatrix"):
         square = np.zeros((8, 8), np.float16)
         square[ROW, 2 * COLUMN], square[ROW, 2 * COLUMN + 1] = halves(first[0]).T
@@ -82,6 +92,8 @@ def _step(registers: dict[str, np.ndarray], opcode: str, operands: list[list[str
         simple = {
             "and.b32": lambda: words(first[0]) & words(first[1]),
             "shr.u32": lambda: words(first[0]) >> words(first[1]),
+            "shl.b32": lambda: words(first[0]) << words(first[1]),
+            "lop3.b32": lambda: _TABLES[first[3]](*(words(n) for n in first[:3])),
             "add.f32": lambda: floats(first[0]) + floats(first[1]),
             "max.f32": lambda: np.maximum(floats(first[0]), floats(first[1])),
             "mov.f32": lambda: words(first[0]),
@@ -109,3 +121,19 @@ def _product(
     c = a @ b
     places = [(ROW + 8 * (i // 2), 2 * COLUMN + i % 2) for i in range(4)]
     return [(c[at] + added[i]).astype(np.float32) for i, at in enumerate(places)]
+
+
+def _integer_product(
+    left: list[np.ndarray], right: list[np.ndarray], added: list[np.ndarray]
+) -> list[np.ndarray]:
+    """16 rows by 8 columns over 32 signed bytes; a register holds four of them."""
+    a, b = np.zeros((16, 32), np.int32), np.zeros((32, 8), np.int32)
+    for i in range(4):
+        for half in (0, 1):
+            k = 16 * half + 4 * COLUMN + i
+            for r in (0, 1):
+                a[ROW + 8 * r, k] = left[2 * half + r].view(np.int8).reshape(32, 4)[:, i]
+            b[k, ROW] = right[half].view(np.int8).reshape(32, 4)[:, i]
+    c = a @ b
+    places = [(ROW + 8 * (i // 2), 2 * COLUMN + i % 2) for i in range(4)]
+    return [c[at] + added[i].view(np.int32) for i, at in enumerate(places)]

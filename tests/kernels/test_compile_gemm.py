@@ -82,3 +82,20 @@ def test_folded_products(compiled, tile, limit):
     result = compiled[f"folded-{tile}"]
     assert set(result["wgmma"]) == {"e4m3"} and not result["mma"] and not result["loads"]
     assert 0.5 < result["per_weight"] < limit
+
+
+@pytest.mark.parametrize(
+    ("name", "limit"),
+    [
+        ("sm7-fp8-16x16", 3.0),
+        ("sm7-fp8-16x8", 2.4),
+        ("hi4-int8-row-16x16", 1.1),
+        ("hi4-int8-row-32x8", 0.9),
+        ("hi4-int8-32x16", 1.4),
+    ],
+)
+def test_single_warps_share_nothing(compiled, name, limit):
+    """No shared memory, no barrier in the loop, and fewer instructions than bandwidth allows."""
+    result = compiled[f"few-{name}"]
+    assert not result["shared"] and not result["barriers"] and result["mma"]
+    assert 0.5 < result["per_weight"] < limit
