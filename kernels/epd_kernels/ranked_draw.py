@@ -196,9 +196,9 @@ def _draw(
 
     The kept tokens are the first of the order under every filter, so the least mass decides.
     """
-    total = tl.sum(tl.load(state + tl.arange(0, MASS_AT)), axis=0)
-    kept = tl.load(state + MASS_AT)
-    _, num_head = head_size(state, HEAD)
+    b_count, kept = tl.load(state + tl.arange(0, MASS_AT)), tl.load(state + MASS_AT)
+    total = tl.sum(b_count, axis=0)
+    _, num_head = head_size(b_count, HEAD)
     b_rank, b_mass = _load_ranks(ranks, num_head, top, scale, ID_BITS, HEAD)
     head_mass = tl.sum(b_mass, axis=0)
     by_min = kept

@@ -25,7 +25,7 @@ __all__ = ["DEPTH", "FINE", "FINE_SIZE", "HIGHEST", "INFINITY", "LOWEST", "MASS_
 STATE_SIZE = 128  # integers per row: a count per bin, then the two named below
 STATE, _BINS = constant(STATE_SIZE), constant(64)
 MASS_AT, _FILLED_AT = constant(64), constant(65)
-FINE_SIZE = 512  # bins of a flat row, whose masses come first, then their counts
+FINE_SIZE = 1024  # bins of a flat row, whose masses come first, then their counts
 FINE = constant(FINE_SIZE)
 DEPTH = constant(40.0)
 _UNIT = constant(float(1 << 40))
@@ -103,9 +103,9 @@ def row_facts(
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:  # fmt: skip
     """Of a row: its best rank, that logit, log2(e) / temperature, and whether it is drawn."""
     o_c = tl.arange(0, CHUNKS)
+    warmth = tl.load(temperature + i_s).to(tl.float64)
     rank = tl.max(tl.load(best + i_s * count + o_c, o_c < count, LOWEST), axis=0)
     key = (rank >> ID_BITS).to(tl.int32)
-    warmth = tl.load(temperature + i_s).to(tl.float64)
     is_drawn = (warmth > 0) & (key < INFINITY) & (key > NOTHING)
     scale = tl.minimum(1.4426950408889634 / tl.where(is_drawn, warmth, 1.0), 1e30)
     return rank, value_of(key), scale.to(tl.float32), is_drawn
@@ -135,9 +135,9 @@ def count_kernel(
 
 
 @jit
-def head_size(state: tl.tensor, HEAD: tl.constexpr) -> tuple[tl.tensor, tl.tensor]:
-    """How many bins the head of a row takes, and how many tokens these hold."""
-    b_reached = tl.cumsum(tl.load(state + tl.arange(0, _BINS)), axis=0)
+def head_size(b_count: tl.tensor, HEAD: tl.constexpr) -> tuple[tl.tensor, tl.tensor]:
+    """How many bins of these counts the head of a row takes, and how many tokens they hold."""
+    b_reached = tl.cumsum(b_count, axis=0)
     b_fits = b_reached <= HEAD
     return tl.sum(b_fits.to(tl.int32), axis=0), tl.max(tl.where(b_fits, b_reached, 0), axis=0)
 
@@ -151,15 +151,14 @@ def put_ranks(ranks: tl.tensor, b_rank: tl.tensor, m_v: tl.tensor, start: tl.ten
 
 @jit
 def _is_flat(
-    state: tl.tensor, bins: tl.tensor, num_head: tl.tensor, top_k: tl.tensor, top_p: tl.tensor,
-    point: tl.tensor,
+    b_count: tl.tensor, mass: tl.tensor, bins: tl.tensor, num_head: tl.tensor, top_k: tl.tensor,
+    top_p: tl.tensor, point: tl.tensor,
 ) -> tl.tensor:  # fmt: skip
     """Whether a place may lie behind the head: not where even the most that the other bins can
     weigh leaves the head enough.
     """
     o_b = tl.arange(0, _BINS)
-    b_count = tl.load(state + o_b)
-    total, mass = tl.sum(b_count, axis=0), tl.load(state + MASS_AT).to(tl.float64)
+    total = tl.sum(b_count, axis=0)
     b_most = b_count.to(tl.float32) * tl.exp2(-(o_b.to(tl.float32) * (DEPTH / _BINS)))
     tail = tl.sum(tl.where(o_b < bins, 0.0, b_most), axis=0).to(tl.float64) * (1.001 * _UNIT)
     reach = tl.where(top_p < 1.0, top_p, point) * mass
@@ -179,10 +178,13 @@ def head_kernel(
     i_s, count = tl.program_id(0).to(tl.int64), tl.num_programs(1)
     o_v = tl.program_id(1) * CHUNK + tl.arange(0, CHUNK)
     b_x = tl.load(logits + i_s * stride + o_v, o_v < V, float("-inf"))
+    state += i_s * STATE
+    b_count, mass = tl.load(state + tl.arange(0, _BINS)), tl.load(state + MASS_AT).to(tl.float64)
+    k, p = tl.load(top_k + i_s).to(tl.int64), tl.load(top_p + i_s).to(tl.float64)
+    point = tl.load(points + i_s).to(tl.float64)
     _, top, scale, is_drawn = row_facts(best, temperature, i_s, count, ID_BITS, CHUNKS)
     if is_drawn:
-        state += i_s * STATE
-        bins, num_head = head_size(state, HEAD)
+        bins, num_head = head_size(b_count, HEAD)
         b_depth = depth_of(b_x, top, scale)
         m_v = b_depth < DEPTH
         m_head = m_v & (_bin(tl.where(m_v, b_depth, 0.0)) < bins)
@@ -190,10 +192,7 @@ def head_kernel(
         if found > 0:
             start = tl.atomic_add(state + _FILLED_AT, found, sem="relaxed")
             put_ranks(ranks + i_s * (2 * HEAD), rank_of(b_x, o_v, ID_BITS), m_head, start)
-        if _is_flat(
-            state, bins, num_head, tl.load(top_k + i_s).to(tl.int64),
-            tl.load(top_p + i_s).to(tl.float64), tl.load(points + i_s).to(tl.float64),
-        ):  # fmt: skip
+        if _is_flat(b_count, mass, bins, num_head, k, p, point):
             p_fine = fine + i_s * (2 * FINE) + fine_bin(tl.where(m_v, b_depth, 0.0))
             tl.atomic_add(p_fine, mass_of(b_depth), mask=m_v, sem="relaxed")
             tl.atomic_add(p_fine + FINE, m_v.to(tl.int64), mask=m_v, sem="relaxed")
