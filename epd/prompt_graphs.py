@@ -62,7 +62,8 @@ class PromptGraphs:
         self._bounds = length_bounds(max_model_len)
         self._recordings = None
         if self._sizes:
-            shapes = [(n, bound) for n in self._sizes for bound in self._bounds if n <= bound]
+            # large ones first: smaller ones find their scratch in what those left
+            shapes = [(n, m) for n in self._sizes[::-1] for m in self._bounds[::-1] if n <= m]
             self._recordings = Recordings(recorder, shapes, layout=self._layout, make=self._step)
             device, hidden = recorder.device, decoder.config.hidden_size
             self._vision = torch.zeros(
