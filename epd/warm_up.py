@@ -19,10 +19,10 @@ if TYPE_CHECKING:
     from epd.runner import ModelRunner
     from epd_pruning.layer_base import LayerPruner
 
-__all__ = ["token_counts", "warm_up"]
+__all__ = ["context_lengths", "token_counts", "warm_up"]
 
 _NAME = "warm-up"
-_IMAGE, _TEXT = 96, 32
+_IMAGE, _TEXT, _FEW = 96, 32, 8
 _SAMPLINGS = (
     SamplingParams(),
     SamplingParams(temperature=0.8, top_k=20, top_p=0.9, min_p=0.05, seed=1),
@@ -30,12 +30,18 @@ _SAMPLINGS = (
 
 
 def token_counts(most: int) -> list[int]:
-    """Powers of two, multiples of 128 up to 1,024 between them, and `most`, increasing.
+    """1, 2, 3, 4, 6, 8, 12, ..., multiples of 128 up to 1,024, and `most`, increasing.
 
-    Launches change at these: tuned ones at powers of two and 640, rules by tiles of 128 tokens.
+    Launches change at some of these: tuned ones at powers of two and 640, rules by tiles of 128.
     """
-    counts = {1 << n for n in range(most.bit_length())} | set(range(128, 1025, 128))
+    powers = [1 << n for n in range(most.bit_length())]
+    counts = {*powers, *(3 * power for power in powers), *range(128, 1025, 128)}
     return sorted({min(count, most) for count in counts} | {most})
+
+
+def context_lengths(longest: int) -> list[int]:
+    """Powers of two from 256 up to `longest`: over them attention may split its work."""
+    return [1 << n for n in range(8, longest.bit_length()) if 1 << n <= longest]
 
 
 def warm_up(
@@ -56,7 +62,10 @@ def _run_prompts(
     """Run prompts that write no KV: of each size, sampled from, of images, and pruned if any is."""
     counts = token_counts(min(config.max_batched_tokens, facts.max_position - 1))
     steps = [[_prompt(count, config, facts)] for count in counts]
-    steps.append([_prompt(8, config, facts, sampling) for sampling in _SAMPLINGS])
+    longest = min(config.max_model_len or facts.max_position, facts.max_position)
+    for total in context_lengths(longest):
+        steps.append([_prompt(_FEW, config, facts, past=total - _FEW)])
+    steps.append([_prompt(_FEW, config, facts, sampling) for sampling in _SAMPLINGS])
     steps.append([_picture(config, facts)])
     if pruner is not None:
         dropped = (0, *(_IMAGE - left for left in pruner.schedule.kept(_IMAGE)))
@@ -68,20 +77,23 @@ def _run_prompts(
 
 
 def _prompt(
-    length: int, config: EngineConfig, facts: ModelFacts, sampling: SamplingParams = _SAMPLINGS[0]
-) -> Chunk:
-    """A prompt without images. Block -1 stands for nowhere."""
+    length: int, config: EngineConfig, facts: ModelFacts,
+    sampling: SamplingParams = _SAMPLINGS[0], *, past: int = 0,
+) -> Chunk:  # fmt: skip
+    """The last `length` tokens of a prompt without images. Block -1 stands for nowhere."""
+    total = past + length
     sequence = Sequence(
-        request_id=_NAME, attempt=0, tokens=[0] * length, num_prompt=length, sampling=sampling,
-        table=_nowhere(length, config, facts),
+        request_id=_NAME, attempt=0, tokens=[0] * total, num_prompt=total, sampling=sampling,
+        table=_nowhere(past, length, config, facts), num_computed=past, next_pos=past,
     )  # fmt: skip
     # a single token that is sampled from would be a decode step
     return Chunk(sequence, length, length > 1)
 
 
-def _nowhere(length: int, config: EngineConfig, facts: ModelFacts) -> BlockTable:
-    blocks = [-1] * -(-length // config.block_size)
-    return BlockTable([list(blocks) for _ in range(facts.num_groups)], [0] * facts.num_groups)
+def _nowhere(past: int, length: int, config: EngineConfig, facts: ModelFacts) -> BlockTable:
+    blocks = [-1] * -(-(past + length) // config.block_size)
+    lengths = [past] * facts.num_groups
+    return BlockTable([list(blocks) for _ in range(facts.num_groups)], lengths)
 
 
 def _picture(config: EngineConfig, facts: ModelFacts, dropped: tuple[int, ...] = ()) -> Chunk:

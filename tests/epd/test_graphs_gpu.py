@@ -223,7 +223,7 @@ def test_nothing_is_compiled_after_warm_up(
             logprobs=source.choice((None, 2)),
             repetition_penalty=source.choice((1.0, 1.2)),
         )  # fmt: skip
-        length = source.choice((3 + images, 30, source.randint(10, 900), 2000))
+        length = source.choice((3 + images, 30, source.randint(10, 900), 1509, 2000))
         _add(core, f"r{number}", length, images=images, sampling=sampling, **fields)
         for _ in range(source.randint(0, 6)):
             core.step()
