@@ -28,11 +28,13 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 __all__ = ["INTERPRETED", "AttentionConfig", "DeviceFacts", "GemmConfig", "attention_config",
-           "constant", "device_facts", "gdc_launch_dependents", "gdc_wait",
+           "attention_splits", "constant", "device_facts", "gdc_launch_dependents", "gdc_wait",
            "gemm_config", "jit", "next_power_of_2", "previous_power_of_2", "read_launches",
            "row_warps", "tl", "triton", "tuned_launch", "tuned_name"]  # fmt: skip
 
 _VARYING = {"M", "num_keys", "num_queries", "num_splits", "num_weights"}
+_MIN_SPLIT = 128  # positions per warp; a shorter split costs more in merging than it gains
+_SPLITS = sorted({1 << n for n in range(11)} | {3 << n for n in range(9)})
 _TUNED = Path(__file__).with_name("tuned")
 INTERPRETED = triton is not None and bool(triton.knobs.runtime.interpret)
 
@@ -96,12 +98,16 @@ def row_warps(width: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class AttentionConfig:
-    """Tile rows, KV positions per step, warps and pipeline stages of an attention kernel."""
+    """Tile rows, KV positions per step, warps and pipeline stages of an attention kernel.
+
+    Splits of positions are counted for `occupancy` programs per multiprocessor.
+    """
 
     block_m: int
     block_n: int
     num_warps: int
     num_stages: int
+    occupancy: int = 1
 
 
 def attention_config(
@@ -111,15 +117,35 @@ def attention_config(
 
     The tensor cores want at least 16 rows; a tile never holds fewer than one query's head group.
     """
+    block_m = max(16, next_power_of_2(rows))
     if INTERPRETED:
-        return AttentionConfig(max(16, next_power_of_2(rows)), 32, 4, 1)
+        return AttentionConfig(block_m, 32, 4, 1, 2 if decode else 1)
     wide = head_dim > 64
+    if decode and block_m == 16 and head_dim <= 128:
+        # one warp: nothing to wait for, and weights need not pass through shared memory
+        return AttentionConfig(16, 32, 1, 2, 8)
     if decode:
-        return AttentionConfig(max(16, next_power_of_2(rows)), 64, 4, 3)
+        return AttentionConfig(block_m, 64, 4, 3, 2)
     arch = device_facts(device).arch
     if arch >= 90:
-        return AttentionConfig(max(128, next_power_of_2(rows)), 64, 8 if wide else 4, 3)
-    return AttentionConfig(max(64, next_power_of_2(rows)), 32 if wide else 64, 4, 2)
+        return AttentionConfig(max(128, block_m), 64, 8 if wide else 4, 3)
+    return AttentionConfig(max(64, block_m), 32 if wide else 64, 4, 2)
+
+
+def attention_splits(
+    device: torch.device, *, programs: int, max_seqlen_k: int, occupancy: int, num_warps: int,
+    most: int = 1024,
+) -> int:  # fmt: skip
+    """Spans that positions are cut into: the fewest that keep the device busy the least time.
+
+    With `occupancy` programs per multiprocessor that is ceil(programs * splits / resident) rounds
+    of 1 / splits of the work each; at most two rounds, and at least 128 positions per warp. Powers
+    of two and three times those keep the number of compiled kernels small.
+    """
+    resident = occupancy * device_facts(device).num_sms
+    most = min(most, 2 * resident // max(programs, 1), max_seqlen_k // (_MIN_SPLIT * num_warps))
+    choices = [n for n in _SPLITS if n <= most] or [1]
+    return min(choices, key=lambda n: (-(-programs * n // resident) / n, n))
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,13 +155,11 @@ class GemmConfig:
     `use_ptx` decodes eight-bit operands with inline assembly, which halves the instructions of the
     loop; the interpreter has no assembly. `early` lets the kernel be launched before the one ahead
     of it has drained, and the one behind it once its own loop is done (compute capability 9.0 and
-    later); while it waits it sends for `prefetch` tiles of 128 inputs of a tiled weight. `unroll`
-    steps of 128 input features share a trip of the loop where it divides their count; each stage
-    then holds as many. `registers` bounds those of a thread, so that more programs share a
-    multiprocessor. With `turned` each tile of rows begins its span of K one trip further on, so
-    that not all of them ask for the same activations at once. A launch of one warp is one of
-    `w4_few`: no spans, tiles of 16 to 64 rows by 8 or 16 tokens, and stages that count the steps
-    which weights travel ahead.
+    later). `unroll` steps of 128 input features share a trip of the loop where it divides their
+    count; each stage then holds as many. With `turned` each tile of rows begins its span of K one
+    trip further on, so that not all of them ask for the same activations at once. A launch of one
+    warp is one of `w4_few`: tiles of 16 rows by eight tokens, and stages that count the steps
+    weights travel ahead.
     """
 
     block_n: int
@@ -146,8 +170,6 @@ class GemmConfig:
     use_ptx: bool = not INTERPRETED
     early: bool = False
     unroll: int = 1
-    prefetch: int = 0
-    registers: int | None = None
     turned: bool = False
 
     @property
@@ -156,8 +178,6 @@ class GemmConfig:
         found: dict[str, int | bool] = {"num_warps": self.num_warps, "num_stages": self.num_stages}
         if self.early:
             found["launch_pdl"] = True
-        if self.registers is not None:
-            found["maxnreg"] = self.registers
         return found
 
 

@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .attention_reference import paged_attention_ref
-from .launch import attention_config, device_facts, jit, next_power_of_2, previous_power_of_2, tl
+from .launch import attention_config, attention_splits, jit, next_power_of_2, tl
 
 if TYPE_CHECKING:
     from .launch import AttentionConfig
@@ -36,7 +36,6 @@ if TYPE_CHECKING:
 __all__ = ["paged_attention", "paged_attention_ref"]
 
 _LOG2_E = 1.4426950408889634
-_MIN_SPLIT = 512  # positions; a shorter split costs more in merging than it gains in parallelism
 
 
 def paged_attention(
@@ -124,6 +123,16 @@ def visible_rows(
 
 
 @jit
+def split_span(
+    end: tl.tensor, i_split: tl.tensor, num_splits: tl.tensor, BLOCK_N: tl.constexpr
+) -> tl.tensor:
+    """The positions of [0, end) that split `i_split` takes, in whole tiles."""
+    chunk = tl.cdiv(tl.cdiv(end, num_splits), BLOCK_N) * BLOCK_N
+    start = i_split * chunk
+    return start, tl.minimum(start + chunk, end)
+
+
+@jit
 def _attend(
     b_q: tl.tensor, o_limit: tl.tensor, seen_by_all: tl.tensor, table: tl.tensor,
     k_cache: tl.tensor, v_cache: tl.tensor, stride_block: tl.tensor, stride_row: tl.tensor,
@@ -152,18 +161,22 @@ def _attend(
 
 @jit
 def _prefill_kernel(
-    q: tl.tensor, k_cache: tl.tensor, v_cache: tl.tensor, out: tl.tensor, block_tables: tl.tensor,
-    cu_seqlens_q: tl.tensor, seq_lens: tl.tensor, limits: tl.tensor, scale_log2: tl.tensor,
-    q_stride_t: tl.tensor, q_stride_h: tl.tensor, stride_block: tl.tensor, stride_row: tl.tensor,
-    stride_head: tl.tensor, table_stride: tl.tensor, BLOCK_SIZE: tl.constexpr, GROUP: tl.constexpr,
+    q: tl.tensor, k_cache: tl.tensor, v_cache: tl.tensor, out: tl.tensor, partial: tl.tensor,
+    stats: tl.tensor, block_tables: tl.tensor, cu_seqlens_q: tl.tensor, seq_lens: tl.tensor,
+    limits: tl.tensor, scale_log2: tl.tensor, q_stride_t: tl.tensor, q_stride_h: tl.tensor,
+    stride_block: tl.tensor, stride_row: tl.tensor, stride_head: tl.tensor,
+    table_stride: tl.tensor, num_splits: tl.tensor, BLOCK_SIZE: tl.constexpr, GROUP: tl.constexpr,
     D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     LIMITED: tl.constexpr,
 ) -> None:  # fmt: skip
-    """BLOCK_M // GROUP queries of one sequence and KV head; row r is query r // GROUP."""
+    """BLOCK_M // GROUP queries of one sequence and KV head; row r is query r // GROUP.
+
+    One of `num_splits` spans of the positions they see; what it writes is as of `_decode_kernel`.
+    """
     TILE: tl.constexpr = BLOCK_M // GROUP
     # the last queries see most: start them first
     i_q = (tl.num_programs(0) - 1 - tl.program_id(0)) * TILE
-    i_h, i_s = tl.program_id(1), tl.program_id(2)
+    i_h, i_s = tl.program_id(1), tl.program_id(2) // num_splits
     q_start = tl.load(cu_seqlens_q + i_s)
     q_len = tl.load(cu_seqlens_q + i_s + 1) - q_start
     if i_q < q_len:
@@ -178,15 +191,22 @@ def _prefill_kernel(
         o_limit, seen_by_all, end = visible_rows(
             limits + q_start, o_q, m_r, i_q, q_len, seq_len, TILE, LIMITED
         )
-        _, b_l, b_o = _attend(
+        i_split = tl.program_id(2) % num_splits
+        start, end = split_span(end, i_split, num_splits, BLOCK_N)
+        b_m, b_l, b_o = _attend(
             b_q, o_limit, seen_by_all, block_tables + i_s.to(tl.int64) * table_stride,
             k_cache + i_h * stride_head, v_cache + i_h * stride_head, stride_block, stride_row,
-            scale_log2, 0, end, BLOCK_SIZE, D, BLOCK_M, BLOCK_N, BLOCK_D,
+            scale_log2, start, end, BLOCK_SIZE, D, BLOCK_M, BLOCK_N, BLOCK_D,
         )  # fmt: skip
-        b_o = b_o / tl.where(b_l == 0.0, 1.0, b_l)[:, None]
         heads = tl.num_programs(1) * GROUP
-        o_out = (o_t * heads + o_h) * D + o_d[None, :]
-        tl.store(out + o_out, b_o.to(out.dtype.element_ty), mask=m_q)
+        o_row = (o_t * heads + o_h) * num_splits + i_split
+        if num_splits == 1:
+            b_o = b_o / tl.where(b_l == 0.0, 1.0, b_l)[:, None]
+            tl.store(out + o_row * D + o_d[None, :], b_o.to(out.dtype.element_ty), mask=m_q)
+        else:
+            tl.store(partial + o_row * D + o_d[None, :], b_o, mask=m_q)
+            tl.store(stats + o_row * 2, b_m[:, None], mask=m_r[:, None])
+            tl.store(stats + o_row * 2 + 1, b_l[:, None], mask=m_r[:, None])
 
 
 @jit
@@ -210,9 +230,7 @@ def _decode_kernel(
         seq_len = tl.load(seq_lens + i_s)
         if LIMITED:
             seq_len = tl.maximum(tl.minimum(tl.load(limits + i_t), seq_len), 0)
-        chunk = tl.cdiv(tl.cdiv(seq_len, SPLITS), BLOCK_N) * BLOCK_N
-        start = i_split * chunk
-        end = tl.minimum(start + chunk, seq_len)
+        start, end = split_span(seq_len, i_split, SPLITS, BLOCK_N)
         o_r, o_d = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
         m_q = (o_r < GROUP)[:, None] & (o_d < D)[None, :]
         o_h = i_h * GROUP + o_r
@@ -236,21 +254,21 @@ def _decode_kernel(
 
 @jit
 def _combine_kernel(
-    partial: tl.tensor, stats: tl.tensor, out: tl.tensor, D: tl.constexpr, BLOCK_D: tl.constexpr,
-    SPLITS: tl.constexpr, BLOCK_S: tl.constexpr,
+    partial: tl.tensor, stats: tl.tensor, out: tl.tensor, num_splits: tl.tensor, D: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr,
 ) -> None:  # fmt: skip
     """Merge the splits of one (token, head)."""
     i_row = tl.program_id(0).to(tl.int64)
     o_s, o_d = tl.arange(0, BLOCK_S), tl.arange(0, BLOCK_D)
-    m_s = o_s < SPLITS
-    p_stats = stats + (i_row * SPLITS + o_s) * 2
+    m_s = o_s < num_splits
+    p_stats = stats + (i_row * num_splits + o_s) * 2
     b_m = tl.load(p_stats, mask=m_s, other=float("-inf"))
     b_l = tl.load(p_stats + 1, mask=m_s, other=0.0)
     top = tl.max(b_m, axis=0)
     b_w = tl.exp2(b_m - tl.where(top == float("-inf"), 0.0, top))
     # an empty split may have left its outputs unwritten
     m_o = (b_m > float("-inf"))[:, None] & (o_d < D)[None, :]
-    p_o = partial + (i_row * SPLITS + o_s)[:, None] * D + o_d[None, :]
+    p_o = partial + (i_row * num_splits + o_s)[:, None] * D + o_d[None, :]
     b_o = tl.sum(tl.load(p_o, mask=m_o, other=0.0) * b_w[:, None], axis=0)
     total = tl.sum(b_l * b_w, axis=0)
     b_o = b_o / tl.where(total == 0.0, 1.0, total)
@@ -285,31 +303,38 @@ def paged_attention_triton(
     }  # fmt: skip
     bounds = seq_lens if limits is None else limits
     lengths = (block_tables, cu_seqlens_q, seq_lens, bounds, scale * _LOG2_E)
-    if max_seqlen_q > 1:
-        tiles = -(-max_seqlen_q // (config.block_m // group))
-        _prefill_kernel[(tiles, kv_heads, num_seqs)](
-            q, k_cache, v_cache, out, *lengths, *strides, **options
-        )
-        return out
-    splits = num_splits(q.device, num_seqs * kv_heads, max_seqlen_k)
-    rows = tokens * heads * splits if splits > 1 else 0
-    partial = torch.empty(rows, dim, dtype=torch.float32, device=q.device)
-    stats = torch.empty(rows, 2, dtype=torch.float32, device=q.device)
-    _decode_kernel[(num_seqs, kv_heads, splits)](
-        q, k_cache, v_cache, out, partial, stats, *lengths, *strides, SPLITS=splits, **options
-    )
+    decode = max_seqlen_q == 1
+    tiles = 1 if decode else -(-max_seqlen_q // (config.block_m // group))
+    splits = attention_splits(
+        q.device, programs=tiles * num_seqs * kv_heads, max_seqlen_k=max_seqlen_k,
+        occupancy=config.occupancy, num_warps=config.num_warps, most=1024 if decode else 16,
+    )  # fmt: skip
+    partial, stats = split_workspace(q, splits)
+    arguments = (q, k_cache, v_cache, out, partial, stats, *lengths, *strides)
+    if decode:
+        _decode_kernel[(num_seqs, kv_heads, splits)](*arguments, SPLITS=splits, **options)
+    else:
+        _prefill_kernel[(tiles, kv_heads, num_seqs * splits)](*arguments, splits, **options)
     if splits > 1:
-        _combine_kernel[(tokens * heads,)](
-            partial, stats, out, D=dim, BLOCK_D=options["BLOCK_D"], SPLITS=splits,
-            BLOCK_S=next_power_of_2(splits), num_warps=4,
-        )  # fmt: skip
+        combine_splits(partial, stats, out, splits)
     return out
 
 
-def num_splits(device: torch.device, programs: int, max_seqlen_k: int) -> int:
-    """Splits per sequence: up to two programs per multiprocessor, at least 512 positions each.
+def split_workspace(q: torch.Tensor, splits: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """What `splits` spans leave for each query head of `q`: outputs, maximum and sum."""
+    rows = q.shape[0] * q.shape[1] * splits if splits > 1 else 0
+    partial = torch.empty(rows, q.shape[2], dtype=torch.float32, device=q.device)
+    return partial, torch.empty(rows, 2, dtype=torch.float32, device=q.device)
 
-    A power of two, which keeps the number of compiled kernels small.
-    """
-    wanted = 2 * device_facts(device).num_sms // max(programs, 1)
-    return previous_power_of_2(min(wanted, max_seqlen_k // _MIN_SPLIT))
+
+def combine_splits(
+    partial: torch.Tensor, stats: torch.Tensor, out: torch.Tensor, splits: int
+) -> None:
+    """Merge what kernels wrote for `splits` spans of positions into `out [T, H, D]`."""
+    dim = out.shape[-1]
+    # few splits share one compiled kernel
+    block_d, block_s = max(16, next_power_of_2(dim)), max(16, next_power_of_2(splits))
+    _combine_kernel[(out.shape[0] * out.shape[1],)](
+        partial, stats, out, splits, D=dim, BLOCK_D=block_d, BLOCK_S=block_s,
+        num_warps=max(4, block_s * block_d // 2048),
+    )  # fmt: skip

@@ -25,16 +25,14 @@ from .coded_tile import attend_codes
 from .errors import FormatError
 from .fp8_scores import attend_fp8_scores, rounded_queries
 from .kv_codes import KVFormat, QuantKV, dequantize_kv
-from .launch import INTERPRETED, device_facts, jit, next_power_of_2, tl
-from .paged_attention import _combine_kernel, visible_rows
+from .launch import INTERPRETED, attention_splits, jit, next_power_of_2, tl
+from .paged_attention import combine_splits, split_span, split_workspace, visible_rows
 from .warp_decode import WarpConfig, assembly, decode_warps_kernel, fits_warps
 from .widened_kv import attend_widened, widening_pays
 
 __all__ = ["CodedConfig", "coded_config", "quantized_attention", "quantized_attention_ref"]
 
 _LOG2_E = 1.4426950408889634
-_MIN_SPLIT = 128  # positions per warp; a shorter split costs more in merging than it gains
-_SPLITS = sorted({1 << n for n in range(11)} | {3 << n for n in range(9)})
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,9 +187,7 @@ def _decode_codes_kernel(
         seq_len = tl.load(seq_lens + i_s)
         if LIMITED:
             seq_len = tl.maximum(tl.minimum(tl.load(limits + i_t), seq_len), 0)
-        chunk = tl.cdiv(tl.cdiv(seq_len, SPLITS), BLOCK_N) * BLOCK_N
-        start = i_split * chunk
-        end = tl.minimum(start + chunk, seq_len)
+        start, end = split_span(seq_len, i_split, SPLITS, BLOCK_N)
         o_r, o_c = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_C)
         m_q = (o_r < GROUP)[:, None] & (o_c < HALF)[None, :]
         o_h = i_h * GROUP + o_r
@@ -251,20 +247,17 @@ def quantized_attention_triton(
         tiles = -(-max_seqlen_q // (config.block_m // group))
         _prefill_codes_kernel[(tiles, kv_heads, num_seqs)](q, *caches, out, *lengths, **options)
         return out
-    splits = coded_splits(q.device, num_seqs * kv_heads, max_seqlen_k, config)
-    rows = tokens * heads * splits if splits > 1 else 0
-    partial = torch.empty(rows, dim, dtype=torch.float32, device=q.device)
-    stats = torch.empty(rows, 2, dtype=torch.float32, device=q.device)
+    splits = attention_splits(
+        q.device, programs=num_seqs * kv_heads, max_seqlen_k=max_seqlen_k,
+        occupancy=config.occupancy, num_warps=config.num_warps,
+    )  # fmt: skip
+    partial, stats = split_workspace(q, splits)
     kernel = decode_warps_kernel if isinstance(config, WarpConfig) else _decode_codes_kernel
     kernel[(num_seqs, kv_heads, splits)](
         q, *caches, out, partial, stats, *lengths, SPLITS=splits, **options
     )
     if splits > 1:
-        block_d, block_s = max(16, next_power_of_2(dim)), next_power_of_2(splits)
-        _combine_kernel[(tokens * heads,)](
-            partial, stats, out, D=dim, BLOCK_D=block_d, SPLITS=splits, BLOCK_S=block_s,
-            num_warps=max(4, block_s * block_d // 2048),
-        )  # fmt: skip
+        combine_splits(partial, stats, out, splits)
     return out
 
 
@@ -282,18 +275,3 @@ def _options(config: CodedConfig | WarpConfig, kv: QuantKV, group: int) -> dict[
         "BLOCK_N": config.block_n, "BLOCK_C": max(16, next_power_of_2(half)),
         "USE_PTX": config.use_ptx, "num_stages": config.num_stages,
     }  # fmt: skip
-
-
-def coded_splits(
-    device: torch.device, programs: int, max_seqlen_k: int, config: CodedConfig | WarpConfig
-) -> int:
-    """Splits per sequence: the fewest under which the device is busy for the least time.
-
-    With `occupancy` programs per multiprocessor that is ceil(programs * splits / resident) rounds
-    of 1 / splits of the work each; at most two rounds, and at least 128 positions per warp. Powers
-    of two and three times those keep the number of compiled kernels small.
-    """
-    resident = config.occupancy * device_facts(device).num_sms
-    most = min(2 * resident // max(programs, 1), max_seqlen_k // (_MIN_SPLIT * config.num_warps))
-    choices = [n for n in _SPLITS if n <= most] or [1]
-    return min(choices, key=lambda n: (-(-programs * n // resident) / n, n))

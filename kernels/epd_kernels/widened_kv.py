@@ -18,13 +18,13 @@ from .paged_attention import paged_attention_triton
 
 __all__ = ["attend_widened", "widen_kv", "widening_pays"]
 
-_QUERIES = 128
+_QUERIES = 16
 _SCRATCH = 256 << 20
 _ROWS = 64
 
 
 def widening_pays(q: torch.Tensor, k_cache: QuantKV, *, num_seqs: int, max_seqlen_k: int) -> bool:
-    """Whether sequences have 128 queries on average and the scratch stays within 256 MiB."""
+    """Whether sequences have 16 queries on average and the scratch stays within 256 MiB."""
     kv_heads = k_cache.codes.shape[2]
     scratch = 2 * num_seqs * max_seqlen_k * kv_heads * k_cache.head_dim * q.element_size()
     return len(q) >= _QUERIES * num_seqs and scratch <= _SCRATCH

@@ -77,9 +77,10 @@ def all_kernels() -> dict[str, dict[str, Any]]:
                 "LIMITED": False}  # fmt: skip
         prefill = build(attention._prefill_kernel, types, {**tile, "BLOCK_M": 128}, 8, 3)
         found[f"prefill-{dtype}"] = describe(prefill)
-        decode = build(attention._decode_kernel, types, {**tile, "BLOCK_M": 16, "SPLITS": 4}, 4, 3)
+        tile |= {"BLOCK_M": 16, "BLOCK_N": 32, "SPLITS": 4}
+        decode = build(attention._decode_kernel, types, tile, 1, 2)
         found[f"decode-{dtype}"] = describe(decode)
-    combine = {"D": 128, "BLOCK_D": 128, "SPLITS": 4, "BLOCK_S": 4}
+    combine = {"D": 128, "BLOCK_D": 128, "BLOCK_S": 16}
     types = {"partial": "*fp32", "stats": "*fp32", "out": "*bf16"}
     found["combine"] = describe(build(attention._combine_kernel, types, combine, 4, 3))
     found |= elementwise() | quantisers() | selection()

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from epd_kernels import paged_attention
-from epd_kernels.paged_attention import num_splits, paged_attention_ref
+from epd_kernels.launch import attention_splits
+from epd_kernels.paged_attention import paged_attention_ref
 
 
 @dataclass(frozen=True)
@@ -118,7 +119,7 @@ def test_split_decode_equals_dense(length, backend, assert_close):
     """Several splits, some of them empty for the short sequences."""
     case = Case(((1, length), (1, 1), (1, 0)), heads=2, kv_heads=1, dim=16)
     batch = Batch(case, torch.float32, backend.device)
-    assert num_splits(torch.device("cpu"), 3, length) == 2
+    assert splits_of(3, length, occupancy=2) == 2
     run = backend.op("paged_attention", "paged_attention")
     assert_close(run(*batch.args, **batch.options), dense(batch))
 
@@ -173,6 +174,19 @@ def test_limits_bound_every_split_of_decoding(backend, assert_close):
     assert_close(out, dense(batch, limits))
 
 
+@pytest.mark.parametrize("limited", [False, True])
+def test_few_queries_behind_a_long_prefix_are_split(limited, backend, assert_close):
+    """A chunk's tiles alone would leave the device idle; rows may see nothing of a split."""
+    case = Case(((8, 1100),), 2, 1, 16)
+    batch = Batch(case, torch.float32, backend.device)
+    assert splits_of(1, 1100, occupancy=1) == 2
+    limits = torch.tensor([1100, 3, 0, 600, 599, 601, 1099, 5000], dtype=torch.int32)
+    given = {"limits": limits.to(backend.device)} if limited else {}
+    run = backend.op("paged_attention", "paged_attention")
+    out = run(*batch.args, **batch.options, **given)
+    assert_close(out, dense(batch, limits if limited else None))
+
+
 def test_causal_limits_change_nothing(backend):
     batch = Batch(PREFILL[1], torch.float32, backend.device)
     run = backend.op("paged_attention", "paged_attention")
@@ -212,15 +226,26 @@ def test_cpu_tensors_take_the_reference():
     assert torch.equal(paged_attention(*batch.args, **batch.options), expected)
 
 
+def splits_of(programs: int, length: int, *, occupancy: int, warps: int = 4) -> int:
+    """On a CPU, which counts as a device of four multiprocessors."""
+    return attention_splits(torch.device("cpu"), programs=programs, max_seqlen_k=length,
+                            occupancy=occupancy, num_warps=warps)  # fmt: skip
+
+
 @pytest.mark.parametrize("programs", [1, 8, 264, 5000])
 @pytest.mark.parametrize("length", [1, 511, 512, 513, 32768])
 def test_splits_are_bounded(programs, length):
-    """A CPU counts as four multiprocessors, so eight programs fill it."""
-    splits = num_splits(torch.device("cpu"), programs, length)
-    assert splits in (1, 2, 4, 8)
-    assert splits == 1 or (splits * programs <= 8 and splits * 512 <= length)
-    if programs == 1 and length == 32768:
-        assert splits == 8
+    """Two rounds of eight programs at most, and 128 positions per warp at least."""
+    splits = splits_of(programs, length, occupancy=2)
+    assert splits == 1 or (splits * programs <= 16 and splits * 512 <= length)
+
+
+def test_splits_fill_whole_rounds():
+    """Twelve programs are resident on a device of four multiprocessors."""
+    assert [splits_of(2, n, occupancy=3) for n in (511, 1024, 2048, 32768)] == [1, 2, 4, 6]
+    expected = [12, 4, 2, 3, 1, 1, 1]
+    assert [splits_of(n, 32768, occupancy=3) for n in (1, 3, 5, 8, 12, 13, 100)] == expected
+    assert splits_of(2, 512, occupancy=3, warps=1) == 4
 
 
 LARGE = [

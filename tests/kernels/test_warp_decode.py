@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from epd_kernels import KVFormat, quantized_attention
-from epd_kernels.launch import INTERPRETED, tl
-from epd_kernels.quantized_attention import CodedConfig, coded_splits, quantized_attention_triton
+from epd_kernels.launch import INTERPRETED, attention_splits, tl
+from epd_kernels.quantized_attention import CodedConfig, quantized_attention_triton
 from epd_kernels.warp_decode import WarpConfig, fits_warps
 
 from .coded_batches import CodedBatch, dense, poisoned_cache
@@ -92,7 +92,8 @@ def test_splits_and_limits(device):
     """Splits that hold nothing, one that ends within a tile, and rows bounded before the end."""
     batch = batch_of(device, seqs=((1, 300), (1, 5), (1, 270)), heads=2, kv_heads=1, dim=64)
     config = WarpConfig()
-    assert coded_splits(torch.device("cpu"), 3, 300, config) == 2
+    assert attention_splits(torch.device("cpu"), programs=3, max_seqlen_k=300,
+                            occupancy=config.occupancy, num_warps=1) == 2  # fmt: skip
     limits = torch.tensor([130, 9, 0], dtype=torch.int32)
     for bound in (None, limits):
         given = None if bound is None else bound.to(device)
