@@ -19,8 +19,6 @@ import torch
 
 from .launch import (
     INTERPRETED,
-    device_facts,
-    gdc_launch_dependents,
     jit,
     next_power_of_2,
     row_warps,
@@ -141,11 +139,8 @@ def quantize_row(
 def _quantize_kernel(
     x: tl.tensor, codes: tl.tensor, scales: tl.tensor, stride_x: tl.tensor, K: tl.constexpr,
     LARGEST: tl.constexpr, FLOOR: tl.constexpr, BLOCK_K: tl.constexpr, ENCODE: tl.constexpr,
-    LEADS: tl.constexpr,
 ) -> None:  # fmt: skip
-    """One token per program. LEADS: a kernel launched early behind this one may start."""
-    if LEADS:
-        gdc_launch_dependents()
+    """One token per program."""
     i_m = tl.program_id(0).to(tl.int64)
     o_k = tl.arange(0, BLOCK_K)
     m_k = o_k < K
@@ -184,5 +179,4 @@ class EightBitTarget:
         self.options: dict[str, Any] = {
             "K": width, "LARGEST": _LARGEST[dtype], "FLOOR": _FLOOR, "ENCODE": encode,
             "BLOCK_K": next_power_of_2(width), "num_warps": row_warps(width),
-            "LEADS": not INTERPRETED and device_facts(device).arch >= 90,
         }  # fmt: skip

@@ -18,7 +18,7 @@ from .activations import (
     quantize_int8_ref,
     quantize_row,
 )
-from .launch import gdc_launch_dependents, jit, tl
+from .launch import jit, tl
 from .norm import add_rms_norm_ref, rms_norm_ref
 from .silu_mul import silu_mul_ref
 
@@ -76,11 +76,9 @@ def _norm_quant_kernel(
     x: tl.tensor, residual: tl.tensor, weight: tl.tensor, total: tl.tensor, codes: tl.tensor,
     scales: tl.tensor, stride_x: tl.tensor, stride_r: tl.tensor, eps: tl.tensor, K: tl.constexpr,
     LARGEST: tl.constexpr, FLOOR: tl.constexpr, BLOCK_K: tl.constexpr, ENCODE: tl.constexpr,
-    LEADS: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
 ) -> None:  # fmt: skip
-    """One token per program. LEADS: a kernel launched early behind this one may start."""
-    if LEADS:
-        gdc_launch_dependents()
+    """One token per program."""
     i_m = tl.program_id(0).to(tl.int64)
     o_k = tl.arange(0, BLOCK_K)
     m_k = o_k < K
@@ -98,11 +96,8 @@ def _norm_quant_kernel(
 def _silu_quant_kernel(
     gate_up: tl.tensor, codes: tl.tensor, scales: tl.tensor, stride_x: tl.tensor, K: tl.constexpr,
     LARGEST: tl.constexpr, FLOOR: tl.constexpr, BLOCK_K: tl.constexpr, ENCODE: tl.constexpr,
-    LEADS: tl.constexpr,
 ) -> None:  # fmt: skip
-    """One token per program; K is the width of the product. LEADS as above."""
-    if LEADS:
-        gdc_launch_dependents()
+    """One token per program; K is the width of the product."""
     i_m = tl.program_id(0).to(tl.int64)
     o_k = tl.arange(0, BLOCK_K)
     m_k = o_k < K

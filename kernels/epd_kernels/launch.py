@@ -32,7 +32,7 @@ __all__ = ["INTERPRETED", "AttentionConfig", "DeviceFacts", "GemmConfig", "atten
            "gemm_config", "jit", "next_power_of_2", "previous_power_of_2", "read_launches",
            "row_warps", "tl", "triton", "tuned_launch", "tuned_name"]  # fmt: skip
 
-_VARYING = {"M", "num_keys", "num_queries", "num_splits", "num_weights"}
+_VARYING = {"M", "least_queries", "num_keys", "num_queries", "num_splits", "num_weights"}
 _MIN_SPLIT = 128  # positions per warp; a shorter split costs more in merging than it gains
 _SPLITS = sorted({1 << n for n in range(11)} | {3 << n for n in range(9)})
 _TUNED = Path(__file__).with_name("tuned")

@@ -27,7 +27,6 @@ from .activations import group_sums
 from .errors import FormatError
 from .launch import (
     GemmConfig,
-    constant,
     device_facts,
     gdc_wait,
     gemm_config,
@@ -91,34 +90,6 @@ def w4_gemm_ref(
     return out if residual is None else out + residual
 
 
-# one thread per strip of 64 rows sends for the first tiles of its strip; nothing waits for them
-_PREFETCH = constant("""{
-    .reg .pred p;
-    setp.lt.s32 p, $2, $3;
-    @p cp.async.bulk.prefetch.L2.global [$1], $4;
-    mov.u32 $0, 0;
-}""")
-
-
-@jit
-def _prefetch_tiles(
-    data: tl.tensor, i_n: tl.tensor, i_tile: tl.tensor, N: tl.tensor, K: tl.constexpr,
-    BLOCK_N: tl.constexpr, TILES: tl.constexpr, THREADS: tl.constexpr,
-) -> None:  # fmt: skip
-    """Bring TILES tiles of BLOCK_N rows of a tiled weight, from `i_tile` on, to the L2 cache."""
-    o_strip = tl.arange(0, THREADS)
-    i_strip = i_n * (BLOCK_N // 64) + o_strip
-    strips = tl.minimum((N + 63) // 64 - i_n * (BLOCK_N // 64), BLOCK_N // 64)
-    size = tl.minimum(K // 128 - i_tile, TILES) * 4096
-    p_tile = data + i_strip.to(tl.int64) * (32 * K) + i_tile * 4096
-    tl.inline_asm_elementwise(
-        _PREFETCH, "=r,l,r,r,r",
-        [p_tile.to(tl.int64), o_strip, tl.zeros_like(o_strip) + strips,
-         tl.zeros_like(o_strip) + size],
-        dtype=tl.int32, is_pure=False, pack=1,
-    )  # fmt: skip
-
-
 @jit
 def _scaled(
     b_p: tl.tensor, scales: tl.tensor, zeros: tl.tensor, p_sums: tl.tensor, g: tl.tensor,
@@ -140,8 +111,7 @@ def _w4_gemm_kernel(
     stride_r: tl.tensor, unit: tl.tensor, K: tl.constexpr, GROUP: tl.constexpr,
     FORMAT: tl.constexpr, SPLIT: tl.constexpr, TILED: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_J: tl.constexpr, STAGES: tl.constexpr, USE_PTX: tl.constexpr,
-    ZEROS: tl.constexpr, EARLY: tl.constexpr, PREFETCH: tl.constexpr, THREADS: tl.constexpr,
-    UNROLL: tl.constexpr, TURNED: tl.constexpr,
+    ZEROS: tl.constexpr, EARLY: tl.constexpr, UNROLL: tl.constexpr, TURNED: tl.constexpr,
 ) -> None:  # fmt: skip
     """BLOCK_N weight rows by BLOCK_M tokens over one of `num_splits` spans of K.
 
@@ -162,10 +132,6 @@ def _w4_gemm_kernel(
     TRIPS: tl.constexpr = STEPS // UNROLL
     first, last = TRIPS * i_split // num_splits, TRIPS * (i_split + 1) // num_splits
     if EARLY:
-        if PREFETCH > 0:
-            # no kernel writes weights: theirs may travel while the kernel ahead drains
-            i_first = first * UNROLL // PER_TILE
-            _prefetch_tiles(data, tl.program_id(1), i_first, N, K, BLOCK_N, PREFETCH, THREADS)
         gdc_wait()
     o_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     o_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -253,9 +219,8 @@ def w4_gemm_triton(
         unit, K=width, GROUP=group, FORMAT=weight.format.value, SPLIT=spans.count > 1, TILED=tiled,
         BLOCK_N=config.block_n, BLOCK_M=config.block_m, BLOCK_J=min(group, TILE_K // 2),
         STAGES=config.num_stages, USE_PTX=config.use_ptx and x.element_size() <= 2, ZEROS=shifted,
-        EARLY=config.early, PREFETCH=config.prefetch * tiled, THREADS=32 * config.num_warps,
-        UNROLL=config.unroll if steps % config.unroll == 0 else 1, TURNED=config.turned,
-        **config.options,
+        EARLY=config.early, UNROLL=config.unroll if steps % config.unroll == 0 else 1,
+        TURNED=config.turned, **config.options,
     )  # fmt: skip
     return out
 

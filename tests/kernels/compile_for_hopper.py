@@ -112,8 +112,7 @@ def quantisers() -> dict[str, dict[str, Any]]:
     for dtype, largest in (("fp8e4nv", 448.0), ("i8", 127.0)):
         types = {"codes": f"*{dtype}", "scales": "*fp32", "eps": "fp32"}
         types |= dict.fromkeys(("x", "residual", "weight", "total", "gate_up"), "*bf16")
-        eight = {"K": 4096, "LARGEST": largest, "FLOOR": 1e-12, "BLOCK_K": 4096, "ENCODE": False,
-                 "LEADS": True}  # fmt: skip
+        eight = {"K": 4096, "LARGEST": largest, "FLOOR": 1e-12, "BLOCK_K": 4096, "ENCODE": False}
         for name, kernel, extra in (
             ("plain", activations._quantize_kernel, {}),
             ("norm", fused._norm_quant_kernel, {"HAS_RESIDUAL": True}),

@@ -20,7 +20,6 @@ widen_16 = importlib.import_module("epd_kernels.w4_widen")
 widen = importlib.import_module("epd_kernels.w4_dequant")
 folded = importlib.import_module("epd_kernels.w4_folded")
 few = importlib.import_module("epd_kernels.w4_few")
-lanes = importlib.import_module("epd_kernels.w4_lanes")
 
 WIDTH = 4096
 SCHEMES = {
@@ -30,10 +29,7 @@ SCHEMES = {
     "hi4-int8": ("hi4", "i8", 128),
     "hi4-int8-row": ("hi4", "i8", WIDTH),
 }
-FEW = (
-    ("sm7-fp8", 16, 16, 4), ("sm7-fp8", 16, 8, 4), ("hi4-int8-row", 16, 16, 4),
-    ("hi4-int8-row", 32, 8, 2), ("hi4-int8", 32, 16, 2),
-)  # fmt: skip
+FEW = (("hi4-int8-row", 4), ("hi4-int8-row", 8), ("hi4-int8", 4))
 FOLDED = ((128, 64, 4, 4), (64, 64, 4, 4), (128, 128, 4, 4), (256, 128, 8, 4))
 
 
@@ -62,8 +58,7 @@ def product_of(scheme: str, config: GemmConfig, *, tiled: bool = False) -> dict[
         "K": WIDTH, "GROUP": group, "FORMAT": code, "SPLIT": config.splits > 1, "TILED": tiled,
         "BLOCK_N": config.block_n, "BLOCK_M": config.block_m, "BLOCK_J": 64,
         "STAGES": config.num_stages, "USE_PTX": True, "EARLY": config.early,
-        "PREFETCH": config.prefetch, "THREADS": 32 * config.num_warps, "UNROLL": config.unroll,
-        "ZEROS": scheme == "u4-fp8", "TURNED": config.turned,
+        "UNROLL": config.unroll, "ZEROS": scheme == "u4-fp8", "TURNED": config.turned,
     }  # fmt: skip
     return _counted(gemm._w4_gemm_kernel, types, fixed, config)
 
@@ -83,24 +78,20 @@ def folded_product(config: GemmConfig) -> dict[str, Any]:
 
 def few_product(scheme: str, config: GemmConfig) -> dict[str, Any]:
     """The product of a few tokens, by programs of one warp."""
-    fp8, rowwise = scheme == "sm7-fp8", scheme == "hi4-int8-row"
-    types = {"x": "*u8", "data": "*u8", "scales": "*fp32", "x_scales": "*fp32", "out": "*bf16",
+    types = {"x": "*i8", "data": "*u8", "scales": "*fp32", "x_scales": "*fp32", "out": "*bf16",
              "unit": "fp32"}  # fmt: skip
-    product, constraints = (lanes.fp8_product if fp8 else lanes.int8_product)(config.block_m // 8)
-    fixed = {
-        "bias": None, "residual": None, "K": WIDTH, "FP8": fp8, "ROWWISE": rowwise,
-        "BLOCKS": config.block_n // 16, "GROUPS": config.block_m // 8, "TRIP": config.num_stages,
-        "EARLY": config.early, "PRODUCT": product, "IO": constraints,
-    }  # fmt: skip
-    return _counted(few._few_kernel, types, fixed, config)
+    fixed = {"bias": None, "residual": None, "K": WIDTH, "ROWWISE": scheme == "hi4-int8-row",
+             "AHEAD": config.num_stages, "EARLY": config.early}  # fmt: skip
+    return _counted(few._few_kernel, types, fixed, config, registers=few._REGISTERS)
 
 
 def _counted(
-    kernel: Any, types: dict[str, str], fixed: dict[str, Any], config: GemmConfig
-) -> dict[str, Any]:
+    kernel: Any, types: dict[str, str], fixed: dict[str, Any], config: GemmConfig, *,
+    registers: int | None = None,
+) -> dict[str, Any]:  # fmt: skip
     built = build(
         kernel, types, fixed, config.num_warps, config.num_stages,
-        even=("N", "stride_x", "stride_r"), registers=config.registers,
+        even=("N", "stride_x", "stride_r"), registers=registers,
     )  # fmt: skip
     result = describe(built)
     # one trip of the loop takes 128 inputs of each row, or as many tiles as travel ahead
@@ -108,7 +99,6 @@ def _counted(
     trip = config.block_n * 128 * steps
     result["per_weight"] = result["loop"] * config.num_warps * 32 / trip
     # the last wait of a loop body that loads scales by hand would stall on memory
-    result["prefetches"] = built.asm["ptx"].count("prefetch.L2")
     result["shared"] = built.metadata.shared
     result["barriers"] = sum(t.startswith("BAR") for t in loop_body(built.asm["sass"]))
     result["loads"] = built.asm["ttgir"].split("scf.for")[1].split("scf.yield")[0].count("tt.load")
@@ -129,14 +119,14 @@ def all_gemms() -> dict[str, dict[str, Any]]:
     found["twice-row"] = product_of("hi4-int8-row", replace(twice, splits=2), tiled=True)
     turned = GemmConfig(64, 16, 1, 4, 5, early=True, turned=True)
     found["turned"] = product_of("sm7-fp8", turned, tiled=True)
-    split = GemmConfig(128, 16, 4, 4, 4, early=True, prefetch=8)
+    split = GemmConfig(128, 16, 4, 4, 4, early=True)
     found["split-early"] = product_of("sm7-fp8", split, tiled=True)
     for block_n, tokens, warps, stages in FOLDED:
         config = GemmConfig(block_n, tokens, 1, warps, stages)
         found[f"folded-{block_n}x{tokens}"] = folded_product(config)
-    for scheme, rows, tokens, steps in FEW:
-        config = GemmConfig(rows, tokens, 1, 1, steps, early=True)
-        found[f"few-{scheme}-{rows}x{tokens}"] = few_product(scheme, config)
+    for scheme, ahead in FEW:
+        config = GemmConfig(16, 8, 1, 1, ahead, early=True)
+        found[f"few-{scheme}-{ahead}"] = few_product(scheme, config)
     return found
 
 

@@ -6,13 +6,9 @@ import ctypes
 import re
 
 import numpy as np
-import torch
 
 LANES = np.arange(32)
 ROW, COLUMN = LANES // 4, LANES % 4
-
-_TABLES = {"0xEA": lambda a, b, c: a & b | c}
-_E4M3 = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).half().numpy()
 
 
 def execute(asm: str, constraints: str, values: list[np.ndarray]) -> list[np.ndarray]:
@@ -60,9 +56,6 @@ def _step(registers: dict[str, np.ndarray], opcode: str, operands: list[list[str
     elif opcode.startswith("mma.sync.aligned.m16n8k32"):
         left, right, added = sources
         result = _integer_product(*([words(n) for n in names] for names in (left, right, added)))
-    elif opcode == "cvt.rn.f16x2.e4m3x2":
-        pair = np.ascontiguousarray(registers[first[0]]).view(np.uint8).reshape(32, 2)
-        result = [_E4M3[pair]]
     elif opcode.startswith("movmatrix"):
         square = np.zeros((8, 8), np.float16)
         square[ROW, 2 * COLUMN], square[ROW, 2 * COLUMN + 1] = halves(first[0]).T
@@ -93,7 +86,6 @@ def _step(registers: dict[str, np.ndarray], opcode: str, operands: list[list[str
             "and.b32": lambda: words(first[0]) & words(first[1]),
             "shr.u32": lambda: words(first[0]) >> words(first[1]),
             "shl.b32": lambda: words(first[0]) << words(first[1]),
-            "lop3.b32": lambda: _TABLES[first[3]](*(words(n) for n in first[:3])),
             "add.f32": lambda: floats(first[0]) + floats(first[1]),
             "max.f32": lambda: np.maximum(floats(first[0]), floats(first[1])),
             "mov.f32": lambda: words(first[0]),

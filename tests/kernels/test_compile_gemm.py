@@ -58,8 +58,6 @@ def test_two_steps_per_trip(compiled, tokens, limit):
 
 
 def test_split_products_can_start_early(compiled):
-    """And send for their first tiles before they wait, one instruction per strip of 64 rows."""
-    assert compiled["split-early"]["prefetches"] == 1
     assert set(compiled["split-early"]["wgmma"]) == {"e4m3"}
 
 
@@ -85,17 +83,10 @@ def test_folded_products(compiled, tile, limit):
 
 
 @pytest.mark.parametrize(
-    ("name", "limit"),
-    [
-        ("sm7-fp8-16x16", 3.0),
-        ("sm7-fp8-16x8", 2.4),
-        ("hi4-int8-row-16x16", 1.1),
-        ("hi4-int8-row-32x8", 0.9),
-        ("hi4-int8-32x16", 1.4),
-    ],
+    ("name", "limit"), [("hi4-int8-row-4", 0.9), ("hi4-int8-row-8", 0.9), ("hi4-int8-4", 1.3)]
 )
 def test_single_warps_share_nothing(compiled, name, limit):
-    """No shared memory, no barrier in the loop, and fewer instructions than bandwidth allows."""
+    """No shared memory, no barrier in the loop, and few instructions."""
     result = compiled[f"few-{name}"]
     assert not result["shared"] and not result["barriers"] and result["mma"]
     assert 0.5 < result["per_weight"] < limit

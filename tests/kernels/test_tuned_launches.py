@@ -27,7 +27,7 @@ def test_every_launch_is_one_the_kernel_takes(path):
             assert n % 64 == k % 128 == 0
             for config in launches.values():
                 if config.num_warps == 1:
-                    assert config.block_n in (16, 32, 64) and config.block_m in (8, 16)
+                    assert (config.block_n, config.block_m) == (16, 8)
                     assert config.splits == 1 and k // 128 % config.num_stages == 0
                     continue
                 assert config.block_n in (64, 128, 256) and config.block_m in (16, 32, 64, 128)
