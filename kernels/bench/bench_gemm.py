@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from gemm_cases import SCHEMES, SHAPES, TOKENS, Case, activations, checked, weight_of
+from gemm_cases import SCHEMES, SHAPES, TOKENS, Case, activations, checked, shape_of, weight_of
 from timing import Results, Windows, copies_beyond_l2, measure_roofs, relative_error
 from torch.nn import functional
 
@@ -129,11 +129,12 @@ def dry_run() -> None:
 
 
 def measure(
-    results: Results, table: Table, deadline: float, *, schemes: list[str], tokens: list[int]
-) -> None:
+    results: Results, table: Table, deadline: float, *, shapes: Sequence[tuple[int, int]],
+    schemes: list[str], tokens: list[int],
+) -> None:  # fmt: skip
     """Every shape and token count; a line per cell says how it stands to bf16."""
     lines = []
-    for n, k in SHAPES:
+    for n, k in shapes:
         weight = weight_of(n, k)
         cases = {name: Case(SCHEMES[name], weight) for name in schemes}
         wide = Case(SCHEMES["w4a8-fp8-tiled"], weight)
@@ -183,6 +184,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=240, help="start nothing after this")
     parser.add_argument("--schemes", nargs="*", default=list(SCHEMES))
     parser.add_argument("--tokens", nargs="*", type=int, default=list(TOKENS))
+    parser.add_argument("--shapes", nargs="*", type=shape_of, default=list(SHAPES))
     parser.add_argument("--dry-run", action="store_true")
     args = parser.parse_args()
     if args.dry_run:
@@ -191,7 +193,8 @@ def main() -> None:
         deadline = time.monotonic() + args.seconds
         results = Results(args.output, measure_roofs(), Windows(5, 10.0), quiet=True)
         results.write_roofs()
-        measure(results, Table(args.table), deadline, schemes=args.schemes, tokens=args.tokens)
+        measure(results, Table(args.table), deadline, shapes=args.shapes, schemes=args.schemes,
+                tokens=args.tokens)  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -17,11 +17,15 @@ from typing import Any
 Row = dict[str, str]
 COLUMNS = {
     "bf16": "bf16", "fp8-fast": "FP8", "w4a8-fp8-tiled": "W4A8-FP8",
-    "w4a8-fp8-widened": "W4A8-FP8, widened", "w4a8-int8-channel-tiled": "W4A8-INT8, per row",
-    "w4a8-int8-group": "W4A8-INT8, groups", "w4a16": "W4A16", "w4a16-widened": "W4A16, widened",
+    "w4a8-fp8-folded-tiled": "W4A8-FP8, folded", "w4a8-fp8-widened": "W4A8-FP8, widened",
+    "w4a8-int8-channel-tiled": "W4A8-INT8, per row", "w4a8-int8-group-tiled": "W4A8-INT8, groups",
+    "w4a16": "W4A16", "w4a16-widened": "W4A16, widened",
 }  # fmt: skip
 # a first measurement had these under other names
-OLDER = {"fp8-fast": "fp8", "w4a8-int8-channel-tiled": "w4a8-int8-channel"}
+OLDER = {
+    "fp8-fast": "fp8", "w4a8-int8-channel-tiled": "w4a8-int8-channel",
+    "w4a8-int8-group-tiled": "w4a8-int8-group",
+}  # fmt: skip
 _REGION = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 LAYERS = 32
 PLOTTED = ("22016x4096", "28672x4096")
@@ -102,7 +106,7 @@ def plot(rows: dict[tuple[str, str, str], Row], path: Path) -> None:
     found = shapes(rows)
     for axis, shape in zip(axes, PLOTTED, strict=True):
         _roofs(axis, rows)
-        for (impl, label), marker in zip(COLUMNS.items(), "osD^vPX*", strict=True):
+        for (impl, label), marker in zip(COLUMNS.items(), "osD^<vPX*", strict=True):
             points = [
                 (float(row["tflops"]) / float(row["tb_per_s"]), float(row["tflops"]), m)
                 for m, told in sorted(found.get(shape, {}).items())

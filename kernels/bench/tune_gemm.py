@@ -20,61 +20,61 @@ from itertools import product
 from pathlib import Path
 
 import torch
-from gemm_cases import SCHEMES, SHAPES, Case, activations, checked, weight_of
+from gemm_cases import SCHEMES, SHAPES, Case, activations, checked, shape_of, weight_of
 from timing import Windows, graph_timing
 
 from epd_kernels import launch
 from epd_kernels.launch import GemmConfig, read_launches, triton, tuned_name
 
-BUCKETS = (8, 16, 32, 64, 128, 256, 640)
+BUCKETS = (1, 4, 16, 32, 64, 128, 256, 640)
+FOLDED_FROM = 64  # tokens, below which promoting each group is the faster way
 SHORT = Windows(5, 3.0)
 
 
 def candidates(m: int, bits: int) -> list[GemmConfig]:
-    """The launches worth trying for `m` tokens; K is only split where tiles are few.
+    """The launches worth trying for `m` tokens, as (rows, tokens, warps, stages) by spans of K.
 
-    Three and more spans of K also even out how many tiles a multiprocessor is given. With s stages
-    loads are s - 2 steps ahead of their use. All wait for the kernel ahead by themselves.
+    Three spans also even out how many tiles a multiprocessor is given. With s stages loads are
+    s - 2 steps ahead of their use. All wait for the kernel ahead by themselves.
     """
     if m <= 16:
-        tiles = [(64, 16, 4), (128, 16, 4)]
-        grid = product(tiles, (1, 2, 4, 6), ((4, 1), (5, 1), (6, 1)))
+        tiles = [(64, 16, 4, 4), (64, 16, 4, 5), (64, 16, 4, 6), (128, 16, 4, 4), (128, 16, 4, 6)]
+        spans = [1, 2, 4, 6]
     elif m <= 32:
-        tiles = [(64, 32, 4), (128, 32, 4)]
-        grid = product(tiles, (1, 2, 4), ((4, 1), (5, 1), (3, 2)))
+        tiles = [(64, 32, 4, 4), (64, 32, 4, 5), (128, 32, 4, 4), (128, 32, 4, 5)]
+        spans = [1, 2, 4]
     elif m <= 64:
-        tiles = [(64, 64, 4), (128, 64, 4), (128, 64, 8)]
-        grid = product(tiles, (1, 2, 4), ((4, 1), (5, 1), (6, 1)))
+        tiles = [(64, 64, 4, 4), (128, 64, 4, 4), (128, 64, 4, 5), (128, 64, 8, 4), (128, 64, 8, 6)]
+        spans = [1, 2, 4]
     elif m <= 128:
-        tiles = [(64, 128, 4), (64, 64, 4), (128, 64, 4), (128, 128, 4), (128, 128, 8)]
-        grid = product(tiles, (1, 2, 3, 4), ((3, 1), (4, 1)))
+        tiles = [(64, 64, 4, 4), (64, 128, 4, 3), (128, 64, 4, 4), (128, 128, 4, 4),
+                 (128, 128, 8, 3), (128, 128, 8, 4)]  # fmt: skip
+        spans = [1, 2, 3, 4]
     else:
-        tiles = [(64, 128, 4), (128, 128, 4), (128, 128, 8), (128, 64, 4)]
-        grid = product(tiles, (1, 2) if m <= 256 else (1,), ((3, 1), (4, 1)))
-    found = [
-        GemmConfig(n, tokens, splits, warps, stages, early=True, unroll=unroll)
-        for (n, tokens, warps), splits, (stages, unroll) in grid
-    ]
+        tiles = [(64, 128, 4, 3), (128, 64, 4, 4), (128, 128, 4, 4), (128, 128, 8, 3),
+                 (128, 128, 8, 4)]  # fmt: skip
+        spans = [1, 2] if m <= 256 else [1]
     if bits == 16:
-        found = [
-            c for c in found
-            if c.block_n * c.block_m <= 64 * 128 and c.num_stages <= 4 and c.unroll == 1
-        ]  # fmt: skip
+        tiles = [t for t in tiles if t[0] * t[1] <= 64 * 128 and t[3] <= 4]
+    found = [
+        GemmConfig(rows, tokens, splits, warps, stages, early=True)
+        for (rows, tokens, warps, stages), splits in product(tiles, spans)
+    ]
     if m > 16 or bits == 16:
         return found
     # as tiles ask for the same few activations together, some spread them over K
     found += [replace(c, turned=True) for c in found if c.splits == 1]
-    one_warp = product((16, 32, 64), (1, 2, 4))
-    return found + [
-        GemmConfig(n, 8 if m <= 8 else 16, 1, 1, ahead, early=True)
-        for n, ahead in one_warp if n * ahead <= 128
-    ]  # fmt: skip
+    one_warp = [GemmConfig(16, 8, 1, 1, ahead, early=True) for ahead in (2, 4, 8)]
+    return found + one_warp if m <= 8 else found
 
 
-def fits(config: GemmConfig, m: int, n: int, k: int, sms: int) -> bool:
-    """Whether a launch divides K, and its programs are neither too few nor split for nothing."""
-    if config.num_warps == 1 and k // 128 % config.num_stages:
-        return False
+def taken(config: GemmConfig, scheme: str, k: int) -> bool:
+    """Whether a launch can multiply: one warp takes int8 alone, and whole trips."""
+    return config.num_warps > 1 or ("int8" in scheme and k // 128 % config.num_stages == 0)
+
+
+def fills(config: GemmConfig, m: int, n: int, sms: int) -> bool:
+    """Whether the programs of a launch are neither too few for the device nor split for nothing."""
     tiles = -(-m // config.block_m) * -(-n // config.block_n)
     return tiles * config.splits >= sms // 2 and (config.splits == 1 or tiles < 2 * sms)
 
@@ -88,7 +88,7 @@ def compile_candidates(scheme: str, k: int, buckets: list[int], share: int, shar
     for m in buckets:
         for config in candidates(m, 8 * codes.element_size()):
             variant = replace(config, splits=min(config.splits, 2))
-            if variant in seen or (config.num_warps == 1 and k // 128 % config.num_stages):
+            if variant in seen or not taken(config, scheme, k):
                 continue
             seen.add(variant)
             if len(seen) % shares == share:
@@ -148,14 +148,15 @@ class Tuner:
         expected = case.expected(codes, scales)
         times: dict[GemmConfig, float] = {}
         sms = torch.cuda.get_device_properties(0).multi_processor_count
+        n, k = case.shape
         for config in candidates(m, 8 * codes.element_size()):
-            if not fits(config, m, *case.shape, sms):
+            if not (taken(config, case.scheme.name, k) and fills(config, m, n, sms)):
                 continue
             times[config] = self._time(case, codes, scales, expected, config)
         best = sorted(times, key=times.__getitem__)[:3]
         shown = "  ".join(f"{times[c]:.1f}:{spelled(c)}" for c in best)
         print(f"{case.scheme.name} {case.shape} M={m}  {shown}", flush=True)
-        if math.isinf(times[best[0]]):
+        if not best or math.isinf(times[best[0]]):
             return
         shapes = self._kernels.setdefault(case.scheme.name, {})
         by_tokens = shapes.setdefault("x".join(map(str, case.shape)), {})
@@ -211,23 +212,25 @@ def main() -> None:
     parser.add_argument("--compiled", action="store_true", help="the compiler's cache is full")
     parser.add_argument("--schemes", nargs="*", default=list(SCHEMES))
     parser.add_argument("--buckets", nargs="*", type=int, default=list(BUCKETS))
+    parser.add_argument("--shapes", nargs="*", type=shape_of, default=list(SHAPES))
     args = parser.parse_args()
     began = time.monotonic()
     if not args.compiled:
         compile_all(
-            args.schemes, {k for _, k in SHAPES}, args.buckets, min(os.cpu_count() or 1, 16)
+            args.schemes, {k for _, k in args.shapes}, args.buckets, min(os.cpu_count() or 1, 16)
         )
         print(f"compiled in {time.monotonic() - began:.0f} s", flush=True)
     if args.compile_only:
         return
     tuner = Tuner(args.output, began + args.seconds)
     try:
-        for n, k in SHAPES:
+        for n, k in args.shapes:
             weight = weight_of(n, k)
             for scheme in args.schemes:
                 case = Case(SCHEMES[scheme], weight)
                 for m in args.buckets:
-                    tuner.tune(case, m)
+                    if m >= FOLDED_FROM or not case.scheme.folded:
+                        tuner.tune(case, m)
     finally:
         print(f"{tuner.write()} after {time.monotonic() - began:.0f} s", flush=True)
 
