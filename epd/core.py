@@ -123,9 +123,12 @@ class EngineCore:
         self._config = config
         self._clock = clock
 
-    def warm_up(self) -> None:
-        """Compile and record what steps need; nothing on a CPU. No request may be here yet."""
-        warm_up(self._runner, self._config, self.facts, self.layer_pruner)
+    def warm_up(self, *, compiled: bool = False) -> None:
+        """Compile and record what steps need; nothing on a CPU. No request may be here yet.
+
+        `compiled`: a core of the same model and sizes was warmed up in this process before.
+        """
+        warm_up(self._runner, self._config, self.facts, self.layer_pruner, compiled=compiled)
 
     @property
     def max_model_len(self) -> int:

@@ -66,7 +66,7 @@ def table_width(bound: int, block_size: int) -> int:
 
 
 class DecodeGraphs:
-    """Runs steps in which every sequence decodes. Call `record` before, once the KV pool exists."""
+    """Runs steps in which every sequence decodes. Call `record` or `defer` before."""
 
     def __init__(
         self,
@@ -95,13 +95,17 @@ class DecodeGraphs:
 
     @property
     def ready(self) -> bool:
-        """Whether `record` was called."""
+        """Whether `record` or `defer` was called."""
         return self._recordings.ready
 
     @torch.inference_mode()
     def record(self, max_bytes: int) -> int:
         """How many shapes were recorded, as `max_bytes` allow. The others run call by call."""
         return self._recordings.record("decode", max_bytes, lambda arrays: self._fill(arrays, []))
+
+    def defer(self, max_bytes: int) -> None:
+        """Record each shape when it is first needed, which costs that step some 50 ms."""
+        self._recordings.defer(max_bytes)
 
     def takes(self, chunks: Sequence[Chunk]) -> bool:
         """Whether this step is one: everybody decodes, nothing is pruned, no row is an image's."""

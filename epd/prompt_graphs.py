@@ -43,7 +43,7 @@ def prompt_sizes(most: int) -> list[int]:
 
 
 class PromptGraphs:
-    """Runs steps of one chunk of a prompt, up to 1,024 tokens. Call `record` before."""
+    """Runs steps of one chunk of a prompt, up to 1,024 tokens. Call `record` or `defer` before."""
 
     def __init__(
         self,
@@ -78,6 +78,11 @@ class PromptGraphs:
         if self._recordings is None:
             return 0
         return self._recordings.record("prompt", max_bytes, self._clear)
+
+    def defer(self, max_bytes: int) -> None:
+        """Record each shape when it is first needed."""
+        if self._recordings is not None:
+            self._recordings.defer(max_bytes)
 
     def takes(self, chunks: Sequence[Chunk]) -> bool:
         """Whether the step is one chunk of several tokens, few enough, after which one is sampled.

@@ -44,33 +44,23 @@ class Recordings:
         self._layout = layout
         self._make = make
         self._recordings: dict[tuple[int, ...], _Recording] = {}
+        self._max_bytes: int | None = None
         largest = max(layout(shape).nbytes for shape in shapes)
         self._host, self._device = recorder.buffers(largest)
 
     @property
     def ready(self) -> bool:
-        """Whether `record` was called."""
-        return bool(self._recordings)
+        """Whether `record` or `defer` was called."""
+        return self._max_bytes is not None
 
     def record(self, kind: str, max_bytes: int, fill: Fill) -> int:
         """How many shapes were recorded, in their order, until recordings hold `max_bytes`.
 
         The others will run call by call. `fill` writes inputs that leave no trace.
         """
-        begin, count = time.monotonic(), 0
-        for shape in self._shapes:
-            layout = self._layout(shape)
-            step = self._make(shape, layout.tensors(self._device))
-            arrays = layout.arrays(self._host)
-            self._write(arrays, layout.nbytes, fill)
-            repeat = None
-            if self._recorder.held_bytes() <= max_bytes:
-                repeat = self._recorded(step)
-            if repeat is None:
-                max_bytes = -1  # the larger ones will not fit either
-                step()
-            count += repeat is not None
-            self._recordings[shape] = _Recording(arrays, layout.nbytes, repeat or step)
+        self._max_bytes = max_bytes
+        begin = time.monotonic()
+        count = sum(self._add(shape, fill) for shape in self._shapes)
         _log.info(
             "steps recorded", kind=kind, count=count, left_out=len(self._shapes) - count,
             seconds=round(time.monotonic() - begin, 1),
@@ -78,18 +68,41 @@ class Recordings:
         )  # fmt: skip
         return count
 
+    def defer(self, max_bytes: int) -> None:
+        """Let every shape be recorded when it is first asked for."""
+        self._max_bytes = max_bytes
+
+    def run(self, shape: tuple[int, ...], fill: Fill) -> None:
+        """The step of `shape` on what `fill` writes."""
+        recording = self._recordings.get(shape)
+        if recording is None:
+            self._add(shape, fill)
+            return
+        self._write(recording.arrays, recording.nbytes, fill)
+        recording.repeat()
+
+    def _add(self, shape: tuple[int, ...], fill: Fill) -> bool:
+        """Do the step of `shape` once, and note how to repeat it; whether that is a recording."""
+        assert self._max_bytes is not None
+        layout = self._layout(shape)
+        step = self._make(shape, layout.tensors(self._device))
+        arrays = layout.arrays(self._host)
+        self._write(arrays, layout.nbytes, fill)
+        repeat = None
+        if self._recorder.held_bytes() <= self._max_bytes:
+            repeat = self._recorded(step)
+        if repeat is None:
+            self._max_bytes = -1  # there will not be room for others either
+            step()
+        self._recordings[shape] = _Recording(arrays, layout.nbytes, repeat or step)
+        return repeat is not None
+
     def _recorded(self, step: Callable[[], None]) -> Callable[[], None] | None:
         try:
             return self._recorder.record(step)
         except torch.OutOfMemoryError:
             _log.warning("no memory to record a step; it will run call by call")
             return None
-
-    def run(self, shape: tuple[int, ...], fill: Fill) -> None:
-        """The step of `shape` on what `fill` writes."""
-        recording = self._recordings[shape]
-        self._write(recording.arrays, recording.nbytes, fill)
-        recording.repeat()
 
     def _write(self, arrays: Sequence[HostArray], nbytes: int, fill: Fill) -> None:
         self._recorder.ready()

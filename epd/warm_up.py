@@ -45,10 +45,19 @@ def context_lengths(longest: int) -> list[int]:
 
 
 def warm_up(
-    runner: ModelRunner, config: EngineConfig, facts: ModelFacts, pruner: LayerPruner | None
-) -> None:
-    """Compile and record what steps need, where `runner` repeats them."""
+    runner: ModelRunner, config: EngineConfig, facts: ModelFacts, pruner: LayerPruner | None, *,
+    compiled: bool,
+) -> None:  # fmt: skip
+    """Compile and record what steps need, where `runner` repeats them.
+
+    With `compiled` this process did it before: only recording is left, and waits for its step.
+    """
     if runner.decode_graphs is None:
+        return
+    if compiled:
+        runner.decode_graphs.defer(config.graph_memory_bytes)
+        if runner.prompt_graphs is not None:
+            runner.prompt_graphs.defer(config.graph_memory_bytes)
         return
     runner.decode_graphs.record(config.graph_memory_bytes)
     _run_prompts(runner, config, facts, pruner)

@@ -60,6 +60,7 @@ class ModelLoader:
         self._make_decoder = decoder or (lambda: Decoder.load(card, device, dtype))
         self._loaded: dict[str, Component] = {}
         self._core: EngineCore | None = None
+        self._compiled = False
         self._selector: TokenSelector | None = None
         self.warm = WarmWeights(warm_bytes, device)
         self._turn = threading.Lock()  # warming up runs beside switches
@@ -120,7 +121,8 @@ class ModelLoader:
                 self._core = EngineCore(
                     decoder, self._card, config=self._config, device=self._device
                 )
-                self._core.warm_up()
+                self._core.warm_up(compiled=self._compiled)
+                self._compiled = True
         if _QUERIES in needed and self._selector is None:
             self._selector = TokenSelector(self._have(_QUERIES).value)
         self._check_pruning()

@@ -279,6 +279,24 @@ def test_what_memory_does_not_allow_runs_call_by_call(
     assert layer_bench.drain(core) == layer_bench.alone
 
 
+def test_deferred_recordings_are_made_by_the_steps_that_need_them(
+    layer_bench: Any, build: Callable[..., EngineCore]
+) -> None:
+    core = build(None)
+    recorder = Spoiled()
+    core._runner.repeat_with(recorder, EngineConfig(), max_model_len=core.max_model_len)
+    core.warm_up(compiled=True)
+    assert recorder.recorded == 0
+    for _ in range(2):
+        layer_bench.add_all(core)
+        assert layer_bench.drain(core) == layer_bench.alone
+        core.add(layer_bench.sequence("dense"), layer_bench.vision("dense"))
+        assert layer_bench.drain(core) == {"dense": layer_bench.alone["dense"]}
+    # batches of 8, and of 1 with the rest of its prompt behind a prefix
+    assert recorder.recorded == 3
+    assert recorder.steps == 4 * (layer_bench.new - 1) + 2 - 3
+
+
 def test_when_memory_ends_while_recording_the_rest_runs_call_by_call(
     layer_bench: Any, build: Callable[..., EngineCore]
 ) -> None:
@@ -317,7 +335,7 @@ def test_steps_with_prompts_or_image_rows_are_not_taken(layer_bench: Any) -> Non
     graphs = DecodeGraphs(layer_bench.decoder, pool, Spoiled(), **core_like)
     decoding = _chunk()
     assert not graphs.takes([decoding])  # nothing is recorded yet
-    graphs._recordings._recordings[1, 64] = object()  # type: ignore[assignment]
+    graphs.defer(0)
     assert graphs.takes([decoding])
     assert graphs.takes([_chunk(spans=[SimpleNamespace(start=0, stop=9)])])
     others = [

@@ -49,7 +49,10 @@ def _decoder(scheme: str | None) -> Decoder:
     return decoder
 
 
-def _core(decoder: Decoder, recorder: CalledAgain | None = None, **settings: Any) -> EngineCore:
+def _core(
+    decoder: Decoder, recorder: CalledAgain | None = None, *, compiled: bool = False,
+    **settings: Any,
+) -> EngineCore:  # fmt: skip
     card: Any = SimpleNamespace(
         revision="r1", eos_token_ids=(2,), max_position=4096, path=Path("absent")
     )
@@ -58,7 +61,7 @@ def _core(decoder: Decoder, recorder: CalledAgain | None = None, **settings: Any
         decoder, card, config=EngineConfig(**asked), device="cuda", recorder=recorder,
         layer_pruner=PRUNER,
     )  # fmt: skip
-    core.warm_up()
+    core.warm_up(compiled=compiled)
     return core
 
 
@@ -188,6 +191,19 @@ def test_without_memory_for_graphs_the_tokens_are_the_same() -> None:
         _prompts(core)
         answers.append(_steps(core, lambda chunks: None))
     assert answers[0] == answers[1] == answers[2]
+
+
+def test_a_later_core_compiles_nothing_and_records_as_it_goes(compiled: list[str]) -> None:
+    decoder = _decoder("w4a8-fp8")
+    first = _core(decoder, kv="int4", prefix_cache=False)
+    _prompts(first)
+    expected = _steps(first, lambda chunks: None)
+    compiled.clear()
+    later = _core(decoder, kv="int4", prefix_cache=False, compiled=True)
+    for _ in range(2):
+        _prompts(later)
+        assert _steps(later, lambda chunks: None) == expected
+    assert compiled == []
 
 
 @pytest.fixture
