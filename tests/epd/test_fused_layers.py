@@ -12,7 +12,7 @@ from epd.kv.pool import KVPool
 from epd.models import activations
 from epd.models.activations import Activations, gated, linear, normed
 from epd.models.context import AttentionBatch, ForwardContext
-from epd.models.decoder import Decoder, DecoderConfig
+from epd.models.decoder import Decoder, DecoderConfig, Stream
 from epd.models.layers import DecoderLayer
 from epd.models.quantization import SCHEMES
 from epd.models.rope import rope_angles
@@ -73,6 +73,22 @@ def test_fused_layers_equal_the_separate_ops(scheme: str | None) -> None:
     assert torch.equal(found, expected)
     slots = pools[0].gather(range(4), 11), pools[1].gather(range(4), 11)
     assert all(torch.equal(a, b) for a, b in zip(*slots, strict=True))
+
+
+@pytest.mark.parametrize("scheme", EIGHT_BIT)
+def test_queries_and_keys_of_a_layer_equal_the_separate_ops(scheme: str) -> None:
+    decoder = Decoder.random(CONFIG, "cpu", torch.float32, scheme=scheme)
+    generator, positions = torch.Generator().manual_seed(2), torch.arange(6)
+    delta, residual = torch.randn(2, 6, 128, generator=generator)
+    cos, sin = rope_angles(positions, decoder.inverse_frequency, torch.float32)
+    layer = decoder.layers[1]
+    assert isinstance(layer, DecoderLayer)
+    for stream in (Stream(delta, residual), Stream(None, residual)):
+        x = rms_norm(stream.total(), layer.input_norm.weight, layer.input_norm.eps)
+        q, k, _ = layer.attention.project(x, cos, sin)
+        found = decoder.queries_keys(stream, positions, 1)
+        assert torch.equal(found[0], q)
+        assert torch.equal(found[1], k)
 
 
 @pytest.mark.parametrize("scheme", EIGHT_BIT)
