@@ -29,6 +29,7 @@ import torch
 
 from .attention_reference import paged_attention_ref
 from .launch import attention_config, attention_splits, jit, next_power_of_2, tl
+from .position_splits import combine_splits, split_span, split_workspace
 
 if TYPE_CHECKING:
     from .launch import AttentionConfig
@@ -123,16 +124,6 @@ def visible_rows(
 
 
 @jit
-def split_span(
-    end: tl.tensor, i_split: tl.tensor, num_splits: tl.tensor, BLOCK_N: tl.constexpr
-) -> tl.tensor:
-    """The positions of [0, end) that split `i_split` takes, in whole tiles."""
-    chunk = tl.cdiv(tl.cdiv(end, num_splits), BLOCK_N) * BLOCK_N
-    start = i_split * chunk
-    return start, tl.minimum(start + chunk, end)
-
-
-@jit
 def _attend(
     b_q: tl.tensor, o_limit: tl.tensor, seen_by_all: tl.tensor, table: tl.tensor,
     k_cache: tl.tensor, v_cache: tl.tensor, stride_block: tl.tensor, stride_row: tl.tensor,
@@ -165,13 +156,14 @@ def _prefill_kernel(
     stats: tl.tensor, block_tables: tl.tensor, cu_seqlens_q: tl.tensor, seq_lens: tl.tensor,
     limits: tl.tensor, scale_log2: tl.tensor, q_stride_t: tl.tensor, q_stride_h: tl.tensor,
     stride_block: tl.tensor, stride_row: tl.tensor, stride_head: tl.tensor,
-    table_stride: tl.tensor, num_splits: tl.tensor, BLOCK_SIZE: tl.constexpr, GROUP: tl.constexpr,
-    D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    LIMITED: tl.constexpr,
+    table_stride: tl.tensor, num_splits: tl.tensor, least_queries: tl.tensor,
+    BLOCK_SIZE: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, LIMITED: tl.constexpr,
 ) -> None:  # fmt: skip
     """BLOCK_M // GROUP queries of one sequence and KV head; row r is query r // GROUP.
 
-    One of `num_splits` spans of the positions they see; what it writes is as of `_decode_kernel`.
+    One of `num_splits` spans of the positions they see, written as `_decode_kernel` does, by token.
+    Sequences of fewer than `least_queries` are left to another kernel.
     """
     TILE: tl.constexpr = BLOCK_M // GROUP
     # the last queries see most: start them first
@@ -179,7 +171,7 @@ def _prefill_kernel(
     i_h, i_s = tl.program_id(1), tl.program_id(2) // num_splits
     q_start = tl.load(cu_seqlens_q + i_s)
     q_len = tl.load(cu_seqlens_q + i_s + 1) - q_start
-    if i_q < q_len:
+    if (i_q < q_len) & (q_len >= least_queries):
         seq_len = tl.load(seq_lens + i_s)
         o_r, o_d = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
         o_q = i_q + o_r // GROUP
@@ -215,22 +207,22 @@ def _decode_kernel(
     stats: tl.tensor, block_tables: tl.tensor, cu_seqlens_q: tl.tensor, seq_lens: tl.tensor,
     limits: tl.tensor, scale_log2: tl.tensor, q_stride_t: tl.tensor, q_stride_h: tl.tensor,
     stride_block: tl.tensor, stride_row: tl.tensor, stride_head: tl.tensor,
-    table_stride: tl.tensor, BLOCK_SIZE: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, LIMITED: tl.constexpr,
-    SPLITS: tl.constexpr,
+    table_stride: tl.tensor, num_splits: tl.tensor, BLOCK_SIZE: tl.constexpr, GROUP: tl.constexpr,
+    D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    LIMITED: tl.constexpr,
 ) -> None:  # fmt: skip
-    """One split of one sequence and KV head; row r is query head r of the group.
+    """One split of one sequence of one query and KV head; row r is query head r of the group.
 
-    A single split writes `out`; several write unnormalised `partial [T, H, SPLITS, D]` and
-    `stats [T, H, SPLITS, 2]` = (m, l).
+    A single split writes `out`; several write unnormalised `partial [S, H, num_splits, D]` and
+    `stats [S, H, num_splits, 2]` = (m, l).
     """
     i_s, i_h, i_split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     i_t = tl.load(cu_seqlens_q + i_s).to(tl.int64)
-    if tl.load(cu_seqlens_q + i_s + 1) > i_t:
+    if tl.load(cu_seqlens_q + i_s + 1) == i_t + 1:
         seq_len = tl.load(seq_lens + i_s)
         if LIMITED:
             seq_len = tl.maximum(tl.minimum(tl.load(limits + i_t), seq_len), 0)
-        start, end = split_span(seq_len, i_split, SPLITS, BLOCK_N)
+        start, end = split_span(seq_len, i_split, num_splits, BLOCK_N)
         o_r, o_d = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
         m_q = (o_r < GROUP)[:, None] & (o_d < D)[None, :]
         o_h = i_h * GROUP + o_r
@@ -241,38 +233,16 @@ def _decode_kernel(
             v_cache + i_h * stride_head, stride_block, stride_row, scale_log2, start, end,
             BLOCK_SIZE, D, BLOCK_M, BLOCK_N, BLOCK_D,
         )  # fmt: skip
-        o_row = (i_t * (tl.num_programs(1) * GROUP) + o_h) * SPLITS + i_split
-        if SPLITS == 1:
+        heads = tl.num_programs(1) * GROUP
+        o_row = (i_s.to(tl.int64) * heads + o_h) * num_splits + i_split
+        if num_splits == 1:
             b_o = b_o / tl.where(b_l == 0.0, 1.0, b_l)[:, None]
-            p_out = out + o_row[:, None] * D + o_d[None, :]
+            p_out = out + (i_t * heads + o_h)[:, None] * D + o_d[None, :]
             tl.store(p_out, b_o.to(out.dtype.element_ty), mask=m_q)
         else:
             tl.store(partial + o_row[:, None] * D + o_d[None, :], b_o, mask=m_q)
             tl.store(stats + o_row * 2, b_m, mask=o_r < GROUP)
             tl.store(stats + o_row * 2 + 1, b_l, mask=o_r < GROUP)
-
-
-@jit
-def _combine_kernel(
-    partial: tl.tensor, stats: tl.tensor, out: tl.tensor, num_splits: tl.tensor, D: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr,
-) -> None:  # fmt: skip
-    """Merge the splits of one (token, head)."""
-    i_row = tl.program_id(0).to(tl.int64)
-    o_s, o_d = tl.arange(0, BLOCK_S), tl.arange(0, BLOCK_D)
-    m_s = o_s < num_splits
-    p_stats = stats + (i_row * num_splits + o_s) * 2
-    b_m = tl.load(p_stats, mask=m_s, other=float("-inf"))
-    b_l = tl.load(p_stats + 1, mask=m_s, other=0.0)
-    top = tl.max(b_m, axis=0)
-    b_w = tl.exp2(b_m - tl.where(top == float("-inf"), 0.0, top))
-    # an empty split may have left its outputs unwritten
-    m_o = (b_m > float("-inf"))[:, None] & (o_d < D)[None, :]
-    p_o = partial + (i_row * num_splits + o_s)[:, None] * D + o_d[None, :]
-    b_o = tl.sum(tl.load(p_o, mask=m_o, other=0.0) * b_w[:, None], axis=0)
-    total = tl.sum(b_l * b_w, axis=0)
-    b_o = b_o / tl.where(total == 0.0, 1.0, total)
-    tl.store(out + i_row * D + o_d, b_o.to(out.dtype.element_ty), mask=o_d < D)
 
 
 def paged_attention_triton(
@@ -291,50 +261,34 @@ def paged_attention_triton(
     if not tokens:
         return out
     strides = (q.stride(0), q.stride(1), *k_cache.stride()[:3], block_tables.stride(0))
+    lengths = (
+        block_tables, cu_seqlens_q, seq_lens, seq_lens if limits is None else limits,
+        scale * _LOG2_E, *strides,
+    )  # fmt: skip
     group, num_seqs = heads // kv_heads, len(seq_lens)
-    config = config or attention_config(
-        q.device, head_dim=dim, rows=group, decode=max_seqlen_q == 1
-    )
-    options: dict[str, Any] = {
-        "BLOCK_SIZE": block_size, "GROUP": group, "D": dim, "BLOCK_M": config.block_m,
-        "BLOCK_N": config.block_n, "BLOCK_D": max(16, next_power_of_2(dim)),
-        "num_warps": config.num_warps, "num_stages": config.num_stages,
-        "LIMITED": limits is not None,
-    }  # fmt: skip
-    bounds = seq_lens if limits is None else limits
-    lengths = (block_tables, cu_seqlens_q, seq_lens, bounds, scale * _LOG2_E)
-    decode = max_seqlen_q == 1
-    tiles = 1 if decode else -(-max_seqlen_q // (config.block_m // group))
-    splits = attention_splits(
-        q.device, programs=tiles * num_seqs * kv_heads, max_seqlen_k=max_seqlen_k,
-        occupancy=config.occupancy, num_warps=config.num_warps, most=1024 if decode else 16,
-    )  # fmt: skip
-    partial, stats = split_workspace(q, splits)
-    arguments = (q, k_cache, v_cache, out, partial, stats, *lengths, *strides)
-    if decode:
-        _decode_kernel[(num_seqs, kv_heads, splits)](*arguments, SPLITS=splits, **options)
-    else:
-        _prefill_kernel[(tiles, kv_heads, num_seqs * splits)](*arguments, splits, **options)
-    if splits > 1:
-        combine_splits(partial, stats, out, splits)
+    many = max_seqlen_q > 1
+    # a step may hold sequences of one query beside longer ones: each kind has its kernel, and
+    # the second overwrites what merging the first one's splits left in its rows
+    for decode in [*[False] * many, *[True] * (not many or num_seqs > 1)]:
+        chosen = config or attention_config(q.device, head_dim=dim, rows=group, decode=decode)
+        tiles = 1 if decode else -(-max_seqlen_q // (chosen.block_m // group))
+        splits = attention_splits(
+            q.device, programs=tiles * num_seqs * kv_heads, max_seqlen_k=max_seqlen_k,
+            occupancy=chosen.occupancy, num_warps=chosen.num_warps, most=1024 if decode else 16,
+        )  # fmt: skip
+        partial, stats = split_workspace(out, num_seqs if decode else tokens, splits)
+        arguments = (q, k_cache, v_cache, out, partial, stats, *lengths, splits)
+        options: dict[str, Any] = {
+            "BLOCK_SIZE": block_size, "GROUP": group, "D": dim, "BLOCK_M": chosen.block_m,
+            "BLOCK_N": chosen.block_n, "BLOCK_D": max(16, next_power_of_2(dim)),
+            "LIMITED": limits is not None, "num_warps": chosen.num_warps,
+            "num_stages": chosen.num_stages,
+        }  # fmt: skip
+        if decode:
+            _decode_kernel[(num_seqs, kv_heads, splits)](*arguments, **options)
+        else:
+            grid = (tiles, kv_heads, num_seqs * splits)
+            _prefill_kernel[grid](*arguments, 2 if num_seqs > 1 else 1, **options)
+        if splits > 1:
+            combine_splits(partial, stats, out, splits, cu_seqlens_q, by_token=not decode)
     return out
-
-
-def split_workspace(q: torch.Tensor, splits: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """What `splits` spans leave for each query head of `q`: outputs, maximum and sum."""
-    rows = q.shape[0] * q.shape[1] * splits if splits > 1 else 0
-    partial = torch.empty(rows, q.shape[2], dtype=torch.float32, device=q.device)
-    return partial, torch.empty(rows, 2, dtype=torch.float32, device=q.device)
-
-
-def combine_splits(
-    partial: torch.Tensor, stats: torch.Tensor, out: torch.Tensor, splits: int
-) -> None:
-    """Merge what kernels wrote for `splits` spans of positions into `out [T, H, D]`."""
-    dim = out.shape[-1]
-    # few splits share one compiled kernel
-    block_d, block_s = max(16, next_power_of_2(dim)), max(16, next_power_of_2(splits))
-    _combine_kernel[(out.shape[0] * out.shape[1],)](
-        partial, stats, out, splits, D=dim, BLOCK_D=block_d, BLOCK_S=block_s,
-        num_warps=max(4, block_s * block_d // 2048),
-    )  # fmt: skip

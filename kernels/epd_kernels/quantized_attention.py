@@ -26,7 +26,8 @@ from .errors import FormatError
 from .fp8_scores import attend_fp8_scores, rounded_queries
 from .kv_codes import KVFormat, QuantKV, dequantize_kv
 from .launch import INTERPRETED, attention_splits, jit, next_power_of_2, tl
-from .paged_attention import combine_splits, split_span, split_workspace, visible_rows
+from .paged_attention import visible_rows
+from .position_splits import combine_splits, split_span, split_workspace
 from .warp_decode import WarpConfig, assembly, decode_warps_kernel, fits_warps
 from .widened_kv import attend_widened, widening_pays
 
@@ -127,18 +128,21 @@ def _prefill_codes_kernel(
     seq_lens: tl.tensor, limits: tl.tensor, scale_log2: tl.tensor, q_stride_t: tl.tensor,
     q_stride_h: tl.tensor, stride_block: tl.tensor, stride_row: tl.tensor, stride_head: tl.tensor,
     scale_stride_block: tl.tensor, scale_stride_row: tl.tensor, scale_stride_head: tl.tensor,
-    table_stride: tl.tensor, BLOCK_SIZE: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr,
-    HALF: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
-    USE_PTX: tl.constexpr, LIMITED: tl.constexpr,
+    table_stride: tl.tensor, least_queries: tl.tensor, BLOCK_SIZE: tl.constexpr,
+    BITS: tl.constexpr, GROUP: tl.constexpr, HALF: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, USE_PTX: tl.constexpr, LIMITED: tl.constexpr,
 ) -> None:  # fmt: skip
-    """BLOCK_M // GROUP queries of one sequence and KV head; row r is query r // GROUP."""
+    """BLOCK_M // GROUP queries of one sequence and KV head; row r is query r // GROUP.
+
+    Sequences of fewer than `least_queries` are left to another kernel.
+    """
     TILE: tl.constexpr = BLOCK_M // GROUP
     # the last queries see most: start them first
     i_q = (tl.num_programs(0) - 1 - tl.program_id(0)) * TILE
     i_h, i_s = tl.program_id(1), tl.program_id(2)
     q_start = tl.load(cu_seqlens_q + i_s)
     q_len = tl.load(cu_seqlens_q + i_s + 1) - q_start
-    if i_q < q_len:
+    if (i_q < q_len) & (q_len >= least_queries):
         seq_len = tl.load(seq_lens + i_s)
         o_r, o_c = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_C)
         o_q = i_q + o_r // GROUP
@@ -172,22 +176,22 @@ def _decode_codes_kernel(
     scale_log2: tl.tensor, q_stride_t: tl.tensor, q_stride_h: tl.tensor, stride_block: tl.tensor,
     stride_row: tl.tensor, stride_head: tl.tensor, scale_stride_block: tl.tensor,
     scale_stride_row: tl.tensor, scale_stride_head: tl.tensor, table_stride: tl.tensor,
-    BLOCK_SIZE: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, HALF: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, USE_PTX: tl.constexpr,
-    LIMITED: tl.constexpr, SPLITS: tl.constexpr,
+    num_splits: tl.tensor, BLOCK_SIZE: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr,
+    HALF: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
+    USE_PTX: tl.constexpr, LIMITED: tl.constexpr,
 ) -> None:  # fmt: skip
-    """One split of one sequence and KV head; row r is query head r of the group.
+    """One split of one sequence of one query and KV head; row r is query head r of the group.
 
-    A single split writes `out`; several write unnormalised `partial [T, H, SPLITS, D]` and
-    `stats [T, H, SPLITS, 2]` = (m, l).
+    A single split writes `out`; several write unnormalised `partial [S, H, num_splits, D]` and
+    `stats [S, H, num_splits, 2]` = (m, l).
     """
     i_s, i_h, i_split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     i_t = tl.load(cu_seqlens_q + i_s).to(tl.int64)
-    if tl.load(cu_seqlens_q + i_s + 1) > i_t:
+    if tl.load(cu_seqlens_q + i_s + 1) == i_t + 1:
         seq_len = tl.load(seq_lens + i_s)
         if LIMITED:
             seq_len = tl.maximum(tl.minimum(tl.load(limits + i_t), seq_len), 0)
-        start, end = split_span(seq_len, i_split, SPLITS, BLOCK_N)
+        start, end = split_span(seq_len, i_split, num_splits, BLOCK_N)
         o_r, o_c = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_C)
         m_q = (o_r < GROUP)[:, None] & (o_c < HALF)[None, :]
         o_h = i_h * GROUP + o_r
@@ -200,13 +204,15 @@ def _decode_codes_kernel(
             scale_stride_row, scale_log2, start, end, BLOCK_SIZE, BITS, HALF, BLOCK_M, BLOCK_N,
             BLOCK_C, USE_PTX,
         )  # fmt: skip
-        o_row = (i_t * (tl.num_programs(1) * GROUP) + o_h) * SPLITS + i_split
-        o_out = o_row[:, None] * (2 * HALF) + o_c[None, :]
-        if SPLITS == 1:
-            b_l = tl.where(b_l == 0.0, 1.0, b_l)[:, None]
-            tl.store(out + o_out, (b_o1 / b_l).to(out.dtype.element_ty), mask=m_q)
-            tl.store(out + o_out + HALF, (b_o2 / b_l).to(out.dtype.element_ty), mask=m_q)
+        heads = tl.num_programs(1) * GROUP
+        if num_splits == 1:
+            o_out = (i_t * heads + o_h)[:, None] * (2 * HALF) + o_c[None, :]
+            b_total = tl.where(b_l == 0.0, 1.0, b_l)[:, None]
+            tl.store(out + o_out, (b_o1 / b_total).to(out.dtype.element_ty), mask=m_q)
+            tl.store(out + o_out + HALF, (b_o2 / b_total).to(out.dtype.element_ty), mask=m_q)
         else:
+            o_row = (i_s.to(tl.int64) * heads + o_h) * num_splits + i_split
+            o_out = o_row[:, None] * (2 * HALF) + o_c[None, :]
             tl.store(partial + o_out, b_o1, mask=m_q)
             tl.store(partial + o_out + HALF, b_o2, mask=m_q)
             tl.store(stats + o_row * 2, b_m, mask=o_r < GROUP)
@@ -229,10 +235,7 @@ def quantized_attention_triton(
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if not tokens:
         return out
-    group, num_seqs, decode = heads // kv_heads, len(seq_lens), max_seqlen_q == 1
-    if config is None and decode and not INTERPRETED and fits_warps(k_cache, group):
-        config = WarpConfig()
-    config = config or coded_config(target=k_cache.format, head_dim=dim, rows=group, decode=decode)
+    group, num_seqs = heads // kv_heads, len(seq_lens)
     caches = (
         k_cache.codes, v_cache.codes, *(c.scales.view(torch.int32) for c in (k_cache, v_cache))
     )  # fmt: skip
@@ -241,24 +244,37 @@ def quantized_attention_triton(
         scale * _LOG2_E, q.stride(0), q.stride(1), *k_cache.codes.stride()[:3],
         *k_cache.scales.stride(), block_tables.stride(0),
     )  # fmt: skip
-    options = _options(config, k_cache, group) | {"LIMITED": limits is not None}
-    if not decode:
-        assert isinstance(config, CodedConfig)
-        tiles = -(-max_seqlen_q // (config.block_m // group))
-        _prefill_codes_kernel[(tiles, kv_heads, num_seqs)](q, *caches, out, *lengths, **options)
-        return out
-    splits = attention_splits(
-        q.device, programs=num_seqs * kv_heads, max_seqlen_k=max_seqlen_k,
-        occupancy=config.occupancy, num_warps=config.num_warps,
-    )  # fmt: skip
-    partial, stats = split_workspace(q, splits)
-    kernel = decode_warps_kernel if isinstance(config, WarpConfig) else _decode_codes_kernel
-    kernel[(num_seqs, kv_heads, splits)](
-        q, *caches, out, partial, stats, *lengths, SPLITS=splits, **options
-    )
-    if splits > 1:
-        combine_splits(partial, stats, out, splits)
+    many = max_seqlen_q > 1
+    if many:
+        tiled = config or coded_config(
+            target=k_cache.format, head_dim=dim, rows=group, decode=False
+        )
+        assert isinstance(tiled, CodedConfig)
+        options = _options(tiled, k_cache, group) | {"LIMITED": limits is not None}
+        grid = (-(-max_seqlen_q // (tiled.block_m // group)), kv_heads, num_seqs)
+        least = 2 if num_seqs > 1 else 1
+        _prefill_codes_kernel[grid](q, *caches, out, *lengths, least, **options)
+    if not many or num_seqs > 1:
+        chosen = config or _decode_config(k_cache, group)
+        splits = attention_splits(
+            q.device, programs=num_seqs * kv_heads, max_seqlen_k=max_seqlen_k,
+            occupancy=chosen.occupancy, num_warps=chosen.num_warps,
+        )  # fmt: skip
+        partial, stats = split_workspace(out, num_seqs, splits)
+        options = _options(chosen, k_cache, group) | {"LIMITED": limits is not None}
+        kernel = decode_warps_kernel if isinstance(chosen, WarpConfig) else _decode_codes_kernel
+        kernel[(num_seqs, kv_heads, splits)](
+            q, *caches, out, partial, stats, *lengths, splits, **options
+        )
+        if splits > 1:
+            combine_splits(partial, stats, out, splits, cu_seqlens_q)
     return out
+
+
+def _decode_config(kv: QuantKV, group: int) -> CodedConfig | WarpConfig:
+    if not INTERPRETED and fits_warps(kv, group):
+        return WarpConfig()
+    return coded_config(target=kv.format, head_dim=kv.head_dim, rows=group, decode=True)
 
 
 def _options(config: CodedConfig | WarpConfig, kv: QuantKV, group: int) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from .kv_codes import KVFormat
 from .launch import jit, tl
+from .position_splits import split_span
 from .warp_blocks import add_rows, load_words, max_rows, outputs, scores, weights
 
 if TYPE_CHECKING:
@@ -162,14 +163,14 @@ def decode_warps_kernel(
     scale_log2: tl.tensor, q_stride_t: tl.tensor, q_stride_h: tl.tensor, stride_block: tl.tensor,
     stride_row: tl.tensor, stride_head: tl.tensor, scale_stride_block: tl.tensor,
     scale_stride_row: tl.tensor, scale_stride_head: tl.tensor, table_stride: tl.tensor,
-    BLOCK_SIZE: tl.constexpr, GROUP: tl.constexpr, HALF: tl.constexpr, GROUPS: tl.constexpr,
-    LIMITED: tl.constexpr, SPLITS: tl.constexpr, SCORES: tl.constexpr, SCORES_IO: tl.constexpr,
+    num_splits: tl.tensor, BLOCK_SIZE: tl.constexpr, GROUP: tl.constexpr, HALF: tl.constexpr,
+    GROUPS: tl.constexpr, LIMITED: tl.constexpr, SCORES: tl.constexpr, SCORES_IO: tl.constexpr,
     OUTPUTS: tl.constexpr, OUTPUTS_IO: tl.constexpr, WEIGHTS: tl.constexpr,
     WEIGHTS_IO: tl.constexpr, KEYS: tl.constexpr, KEYS_IO: tl.constexpr, VALUES: tl.constexpr,
     VALUES_IO: tl.constexpr, MOST: tl.constexpr, MOST_IO: tl.constexpr, TOTAL: tl.constexpr,
     TOTAL_IO: tl.constexpr,
 ) -> None:  # fmt: skip
-    """One split of one sequence and KV head, writing what `_decode_codes_kernel` writes.
+    """One split of a sequence of one query and KV head, writing what `_decode_codes_kernel` writes.
 
     Of an empty split only its stats are written. The sum of `scores` and `outputs` over codes is in
     units of 2^-24, and weights are lifted by 2^6, as in `coded_tile`.
@@ -179,18 +180,17 @@ def decode_warps_kernel(
     UNIT: tl.constexpr = 2.0**24
     i_s, i_h, i_split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     i_t = tl.load(cu_seqlens_q + i_s).to(tl.int64)
-    if tl.load(cu_seqlens_q + i_s + 1) > i_t:
+    if tl.load(cu_seqlens_q + i_s + 1) == i_t + 1:
         seq_len = tl.load(seq_lens + i_s)
         if LIMITED:
             seq_len = tl.maximum(tl.minimum(tl.load(limits + i_t), seq_len), 0)
-        chunk = tl.cdiv(tl.cdiv(seq_len, SPLITS), TILE) * TILE
-        start = i_split * chunk
-        end = tl.minimum(start + chunk, seq_len)
+        start, end = split_span(seq_len, i_split, num_splits, TILE)
         lane = tl.arange(0, 32)
         o_g, o_t = lane // 4, lane % 4
-        o_row = (i_t * (tl.num_programs(1) * GROUP) + i_h * GROUP + 2 * o_t) * SPLITS + i_split
+        heads = tl.num_programs(1) * GROUP
+        o_row = (i_s.to(tl.int64) * heads + i_h * GROUP + 2 * o_t) * num_splits + i_split
         m_0, m_1 = 2 * o_t < GROUP, 2 * o_t + 1 < GROUP
-        p_out = out + (i_t * (tl.num_programs(1) * GROUP) + i_h * GROUP + 2 * o_t) * (2 * HALF)
+        p_out = out + (i_t * heads + i_h * GROUP + 2 * o_t) * (2 * HALF)
         if start < end:
             last = (end - 1) // 16 * 16
             table = block_tables + i_s.to(tl.int64) * table_stride
@@ -291,29 +291,28 @@ def decode_warps_kernel(
                 o_c = 2 * WORDS * o_g + i % (2 * WORDS) + HALF * (i // (2 * WORDS))
                 o_0 = (b_o[2 * i] * factor - y_0) * 0.015625
                 o_1 = (b_o[2 * i + 1] * factor - y_1) * 0.015625
-                if SPLITS == 1:
+                if num_splits == 1:
                     tl.store(p_out + o_c, (o_0 / l_0).to(out.dtype.element_ty), mask=m_0)
                     p_next = p_out + 2 * HALF + o_c
                     tl.store(p_next, (o_1 / l_1).to(out.dtype.element_ty), mask=m_1)
                 else:
                     tl.store(partial + o_row * (2 * HALF) + o_c, o_0, mask=m_0)
-                    tl.store(partial + (o_row + SPLITS) * (2 * HALF) + o_c, o_1, mask=m_1)
-            if SPLITS > 1:
+                    tl.store(partial + (o_row + num_splits) * (2 * HALF) + o_c, o_1, mask=m_1)
+            if num_splits > 1:
                 m_g = o_g == 0
                 tl.store(stats + o_row * 2, top_0, mask=m_0 & m_g)
                 tl.store(stats + o_row * 2 + 1, l_0, mask=m_0 & m_g)
-                tl.store(stats + (o_row + SPLITS) * 2, top_1, mask=m_1 & m_g)
-                tl.store(stats + (o_row + SPLITS) * 2 + 1, l_1, mask=m_1 & m_g)
-        elif SPLITS > 1:
-            nothing = tl.zeros((32,), tl.float32)
-            m_g = o_g == 0
-            tl.store(stats + o_row * 2, nothing - float("inf"), mask=m_0 & m_g)
-            tl.store(stats + o_row * 2 + 1, nothing, mask=m_0 & m_g)
-            tl.store(stats + (o_row + SPLITS) * 2, nothing - float("inf"), mask=m_1 & m_g)
-            tl.store(stats + (o_row + SPLITS) * 2 + 1, nothing, mask=m_1 & m_g)
+                tl.store(stats + (o_row + num_splits) * 2, top_1, mask=m_1 & m_g)
+                tl.store(stats + (o_row + num_splits) * 2 + 1, l_1, mask=m_1 & m_g)
+        elif num_splits > 1:
+            unseen, m_g = tl.full((32,), float("-inf"), tl.float32), o_g == 0
+            tl.store(stats + o_row * 2, unseen, mask=m_0 & m_g)
+            tl.store(stats + o_row * 2 + 1, tl.exp2(unseen), mask=m_0 & m_g)
+            tl.store(stats + (o_row + num_splits) * 2, unseen, mask=m_1 & m_g)
+            tl.store(stats + (o_row + num_splits) * 2 + 1, tl.exp2(unseen), mask=m_1 & m_g)
         else:
+            empty = tl.zeros((32,), out.dtype.element_ty)
             for i in tl.static_range(4 * WORDS):
                 o_c = 2 * WORDS * o_g + i % (2 * WORDS) + HALF * (i // (2 * WORDS))
-                nothing = tl.zeros((32,), out.dtype.element_ty)
-                tl.store(p_out + o_c, nothing, mask=m_0)
-                tl.store(p_out + 2 * HALF + o_c, nothing, mask=m_1)
+                tl.store(p_out + o_c, empty, mask=m_0)
+                tl.store(p_out + 2 * HALF + o_c, empty, mask=m_1)

@@ -62,8 +62,6 @@ def attention_kernels() -> dict[str, dict[str, Any]]:
             target = KVFormat.INT4 if bits == 4 else KVFormat.FP8
             config = coded_config(target=target, head_dim=128, rows=4, decode=decode)
             fixed = {**HEADS, "BITS": bits, "BLOCK_M": config.block_m, "BLOCK_N": config.block_n}
-            if decode:
-                fixed["SPLITS"] = 8
             built = build(kernel, types, fixed, config.num_warps, config.num_stages,
                           registers=config.max_registers)  # fmt: skip
             result = describe(built)
@@ -85,7 +83,7 @@ def warp_kernels() -> dict[str, dict[str, Any]]:
     config, found = WarpConfig(), {}
     for half in (64, 32):
         fixed = {"BLOCK_SIZE": 16, "GROUP": 4, "HALF": half, "GROUPS": config.groups,
-                 "LIMITED": False, "SPLITS": 32, **assembly(half // 16)}  # fmt: skip
+                 "LIMITED": False, **assembly(half // 16)}  # fmt: skip
         built = build(decode_warps_kernel, types, fixed, 1, 1, registers=config.max_registers)
         result = describe(built)
         elements = 16 * config.groups * 4 * half

@@ -14,9 +14,9 @@ from triton.compiler import ASTSource
 
 MODULES = (
     "paged_attention", "norm", "rope", "silu_mul", "kv_store", "activations", "fused_quant",
-    "launch",
+    "launch", "position_splits",
 )  # fmt: skip
-attention, norm, rope, silu_mul, kv_store, activations, fused, launch = (
+attention, norm, rope, silu_mul, kv_store, activations, fused, launch, splits = (
     importlib.import_module(f"epd_kernels.{name}") for name in MODULES
 )
 LENGTHS = {"block_tables": "*i32", "cu_seqlens_q": "*i32", "seq_lens": "*i32", "limits": "*i32",
@@ -77,12 +77,12 @@ def all_kernels() -> dict[str, dict[str, Any]]:
                 "LIMITED": False}  # fmt: skip
         prefill = build(attention._prefill_kernel, types, {**tile, "BLOCK_M": 128}, 8, 3)
         found[f"prefill-{dtype}"] = describe(prefill)
-        tile |= {"BLOCK_M": 16, "BLOCK_N": 32, "SPLITS": 4}
+        tile |= {"BLOCK_M": 16, "BLOCK_N": 32}
         decode = build(attention._decode_kernel, types, tile, 1, 2)
         found[f"decode-{dtype}"] = describe(decode)
-    combine = {"D": 128, "BLOCK_D": 128, "BLOCK_S": 16}
-    types = {"partial": "*fp32", "stats": "*fp32", "out": "*bf16"}
-    found["combine"] = describe(build(attention._combine_kernel, types, combine, 4, 3))
+    combine = {"D": 128, "BLOCK_D": 128, "BLOCK_S": 16, "BY_TOKEN": False}
+    types = {"partial": "*fp32", "stats": "*fp32", "out": "*bf16", "cu_seqlens_q": "*i32"}
+    found["combine"] = describe(build(splits._combine_kernel, types, combine, 4, 3))
     found |= elementwise() | quantisers() | selection()
     return found
 

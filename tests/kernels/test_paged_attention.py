@@ -187,6 +187,14 @@ def test_few_queries_behind_a_long_prefix_are_split(limited, backend, assert_clo
     assert_close(out, dense(batch, limits if limited else None))
 
 
+def test_a_step_may_hold_one_query_beside_many(backend, assert_close):
+    """Each kind has its kernel, and both are split."""
+    case = Case(((1, 1100), (8, 1100), (1, 0), (1, 520), (0, 40)), 2, 1, 16)
+    batch = Batch(case, torch.float32, backend.device)
+    run = backend.op("paged_attention", "paged_attention")
+    assert_close(run(*batch.args, **batch.options), dense(batch))
+
+
 def test_causal_limits_change_nothing(backend):
     batch = Batch(PREFILL[1], torch.float32, backend.device)
     run = backend.op("paged_attention", "paged_attention")

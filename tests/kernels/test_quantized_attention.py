@@ -101,9 +101,9 @@ def test_limits_equal_the_brute_force_mask(case, target, backend):
 
 
 @FORMATS
-def test_few_queries_behind_a_long_prefix_are_split(target, backend):
-    batch = CodedBatch(target, torch.float32, backend.device, ((8, 1100),), heads=2, kv_heads=1,
-                       dim=16)  # fmt: skip
+def test_a_step_may_hold_one_query_beside_many(target, backend):
+    seqs = ((1, 1100), (8, 1100), (1, 0), (1, 520), (0, 40))
+    batch = CodedBatch(target, torch.float32, backend.device, seqs, heads=2, kv_heads=1, dim=16)
     run = backend.op("quantized_attention", "quantized_attention")
     close(run(*batch.args, **batch.options), dense(batch))
 
