@@ -286,19 +286,23 @@ def decode_warps_kernel(
             y_0, y_1 = tl.inline_asm_elementwise(
                 TOTAL, TOTAL_IO, [y_0, y_1], dtype=(tl.float32, tl.float32), is_pure=True, pack=1
             )
+            done = _none()
             for i in tl.static_range(4 * WORDS):
                 factor = UNIT if i < 2 * WORDS else UNIT / 16
-                o_c = 2 * WORDS * o_g + i % (2 * WORDS) + HALF * (i // (2 * WORDS))
-                o_0 = (b_o[2 * i] * factor - y_0) * 0.015625
-                o_1 = (b_o[2 * i + 1] * factor - y_1) * 0.015625
-                if num_splits == 1:
-                    tl.store(p_out + o_c, (o_0 / l_0).to(out.dtype.element_ty), mask=m_0)
-                    p_next = p_out + 2 * HALF + o_c
-                    tl.store(p_next, (o_1 / l_1).to(out.dtype.element_ty), mask=m_1)
-                else:
-                    tl.store(partial + o_row * (2 * HALF) + o_c, o_0, mask=m_0)
-                    tl.store(partial + (o_row + num_splits) * (2 * HALF) + o_c, o_1, mask=m_1)
-            if num_splits > 1:
+                done += ((b_o[2 * i] * factor - y_0) * 0.015625,)
+                done += ((b_o[2 * i + 1] * factor - y_1) * 0.015625,)
+            if num_splits == 1:
+                for i in tl.static_range(4 * WORDS):
+                    p_c = p_out + 2 * WORDS * o_g + i % (2 * WORDS) + HALF * (i // (2 * WORDS))
+                    tl.store(p_c, (done[2 * i] / l_0).to(out.dtype.element_ty), mask=m_0)
+                    b_next = (done[2 * i + 1] / l_1).to(out.dtype.element_ty)
+                    tl.store(p_c + 2 * HALF, b_next, mask=m_1)
+            else:
+                p_0, p_1 = partial + o_row * (2 * HALF), partial + (o_row + num_splits) * (2 * HALF)
+                for i in tl.static_range(4 * WORDS):
+                    o_c = 2 * WORDS * o_g + i % (2 * WORDS) + HALF * (i // (2 * WORDS))
+                    tl.store(p_0 + o_c, done[2 * i], mask=m_0)
+                    tl.store(p_1 + o_c, done[2 * i + 1], mask=m_1)
                 m_g = o_g == 0
                 tl.store(stats + o_row * 2, top_0, mask=m_0 & m_g)
                 tl.store(stats + o_row * 2 + 1, l_0, mask=m_0 & m_g)
