@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 __all__ = ["context_lengths", "token_counts", "warm_up"]
 
 _NAME = "warm-up"
-_IMAGE, _TEXT, _FEW = 96, 32, 8
+_IMAGE, _TEXT, _FEW, _MANY = 96, 32, 8, 256
 _SAMPLINGS = (
     SamplingParams(),
     SamplingParams(temperature=0.8, top_k=20, top_p=0.9, min_p=0.05, seed=1),
@@ -73,7 +73,9 @@ def _run_prompts(
     steps = [[_prompt(count, config, facts)] for count in counts]
     longest = min(config.max_model_len or facts.max_position, facts.max_position)
     for total in context_lengths(longest):
-        steps.append([_prompt(_FEW, config, facts, past=total - _FEW)])
+        late = _prompt(_FEW, config, facts, past=total - _FEW)
+        steps += [[late], [late, _prompt(_FEW, config, facts)]]
+    steps.append([_prompt(_MANY, config, facts)] * 2)
     steps.append([_prompt(_FEW, config, facts, sampling) for sampling in _SAMPLINGS])
     steps.append([_picture(config, facts)])
     if pruner is not None:
