@@ -77,7 +77,7 @@ def run_offline_bench(
         advance(0, "making random weights")
         sizes = Sizes(
             text_tokens=work.text_tokens,
-            max_num_seqs=work.requests,
+            max_num_seqs=max([work.requests, *work.batches]),
             longest_output=max([*work.outputs, work.decode_steps + 16]),
         )
         pipeline = OfflinePipeline(

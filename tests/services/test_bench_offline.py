@@ -135,7 +135,7 @@ def test_rounded_weights_are_smaller_and_rows_say_so(
     config_dir: Path, scheme: str, tmp_path: Path
 ) -> None:
     work = Workload(
-        image_counts=(), batches=(2,), decode_steps=3, requests=2, outputs=(), text_tokens=8
+        image_counts=(), batches=(2,), decode_steps=3, requests=1, outputs=(), text_tokens=8
     )
     out = tmp_path / "rounded.csv"
     rows, plain = (
