@@ -22,7 +22,7 @@ from timing import Results, Windows, copies_beyond_l2, graph_timing, measure_roo
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from epd_kernels import KVFormat, QuantKV, dequantize_kv, paged_attention, quantize_kv
-from epd_kernels.fp8_scores import attend_fp8_scores, rounded_queries
+from epd_kernels.fp8_scores import FP8_QUERIES, attend_fp8_scores, rounded_queries
 from epd_kernels.launch import AttentionConfig
 from epd_kernels.paged_attention import paged_attention_triton
 from epd_kernels.quantized_attention import (
@@ -135,7 +135,7 @@ def measure(results: Results) -> None:
             ways = {target.value: [partial(x.attend, target) for x in inputs]}
             if case.queries > 1:
                 ways[f"{target.value}-tiles"] = [partial(_coded, x, None, target) for x in inputs]
-            if case.queries >= 128 and target is KVFormat.FP8:
+            if case.queries >= FP8_QUERIES and target is KVFormat.FP8:
                 ways["fp8-qk"] = [x.fp8_scores for x in inputs]
             for impl, calls in ways.items():
                 error = check(case, inputs[0], target, calls[0](), rounded=impl == "fp8-qk")

@@ -25,7 +25,10 @@ if TYPE_CHECKING:
     from .kv_codes import QuantKV
     from .launch import AttentionConfig
 
-__all__ = ["attend_fp8_scores", "rounded_queries"]
+__all__ = ["FP8_QUERIES", "attend_fp8_scores", "rounded_queries"]
+
+FP8_QUERIES = 256
+"""Least queries per sequence on average: the positions of fewer are split, which is faster."""
 
 _LOG2_E = 1.4426950408889634
 _ROWS = 256

@@ -158,7 +158,7 @@ def _prefill_kernel(
     stride_block: tl.tensor, stride_row: tl.tensor, stride_head: tl.tensor,
     table_stride: tl.tensor, num_splits: tl.tensor, least_queries: tl.tensor,
     BLOCK_SIZE: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, LIMITED: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, LIMITED: tl.constexpr, SPLIT: tl.constexpr,
 ) -> None:  # fmt: skip
     """BLOCK_M // GROUP queries of one sequence and KV head; row r is query r // GROUP.
 
@@ -168,7 +168,9 @@ def _prefill_kernel(
     TILE: tl.constexpr = BLOCK_M // GROUP
     # the last queries see most: start them first
     i_q = (tl.num_programs(0) - 1 - tl.program_id(0)) * TILE
-    i_h, i_s = tl.program_id(1), tl.program_id(2) // num_splits
+    i_h, i_s = tl.program_id(1), tl.program_id(2)
+    if SPLIT:
+        i_s = i_s // num_splits
     q_start = tl.load(cu_seqlens_q + i_s)
     q_len = tl.load(cu_seqlens_q + i_s + 1) - q_start
     if (i_q < q_len) & (q_len >= least_queries):
@@ -183,22 +185,25 @@ def _prefill_kernel(
         o_limit, seen_by_all, end = visible_rows(
             limits + q_start, o_q, m_r, i_q, q_len, seq_len, TILE, LIMITED
         )
-        i_split = tl.program_id(2) % num_splits
-        start, end = split_span(end, i_split, num_splits, BLOCK_N)
+        start = 0
+        if SPLIT:
+            i_split = tl.program_id(2) % num_splits
+            start, end = split_span(end, i_split, num_splits, BLOCK_N)
         b_m, b_l, b_o = _attend(
             b_q, o_limit, seen_by_all, block_tables + i_s.to(tl.int64) * table_stride,
             k_cache + i_h * stride_head, v_cache + i_h * stride_head, stride_block, stride_row,
             scale_log2, start, end, BLOCK_SIZE, D, BLOCK_M, BLOCK_N, BLOCK_D,
         )  # fmt: skip
         heads = tl.num_programs(1) * GROUP
-        o_row = (o_t * heads + o_h) * num_splits + i_split
-        if num_splits == 1:
-            b_o = b_o / tl.where(b_l == 0.0, 1.0, b_l)[:, None]
-            tl.store(out + o_row * D + o_d[None, :], b_o.to(out.dtype.element_ty), mask=m_q)
-        else:
+        o_row = o_t * heads + o_h
+        if SPLIT:
+            o_row = o_row * num_splits + i_split
             tl.store(partial + o_row * D + o_d[None, :], b_o, mask=m_q)
             tl.store(stats + o_row * 2, b_m[:, None], mask=m_r[:, None])
             tl.store(stats + o_row * 2 + 1, b_l[:, None], mask=m_r[:, None])
+        else:
+            b_o = b_o / tl.where(b_l == 0.0, 1.0, b_l)[:, None]
+            tl.store(out + o_row * D + o_d[None, :], b_o.to(out.dtype.element_ty), mask=m_q)
 
 
 @jit
@@ -288,7 +293,8 @@ def paged_attention_triton(
             _decode_kernel[(num_seqs, kv_heads, splits)](*arguments, **options)
         else:
             grid = (tiles, kv_heads, num_seqs * splits)
-            _prefill_kernel[grid](*arguments, 2 if num_seqs > 1 else 1, **options)
+            least = 2 if num_seqs > 1 else 1
+            _prefill_kernel[grid](*arguments, least, SPLIT=splits > 1, **options)
         if splits > 1:
             combine_splits(partial, stats, out, splits, cu_seqlens_q, by_token=not decode)
     return out

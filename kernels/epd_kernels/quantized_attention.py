@@ -23,7 +23,7 @@ import torch
 from .attention_reference import paged_attention_ref
 from .coded_tile import attend_codes
 from .errors import FormatError
-from .fp8_scores import attend_fp8_scores, rounded_queries
+from .fp8_scores import FP8_QUERIES, attend_fp8_scores, rounded_queries
 from .kv_codes import KVFormat, QuantKV, dequantize_kv
 from .launch import INTERPRETED, attention_splits, jit, next_power_of_2, tl
 from .paged_attention import visible_rows
@@ -75,14 +75,15 @@ def quantized_attention(
     """Attention output `[T, num_heads, head_dim]`, arguments as of `paged_attention`.
 
     Caches are coded: `[num_blocks, block_size, Hkv, W]`, scales `[num_blocks, block_size, Hkv]`.
-    With `fp8_scores`, calls of many queries over FP8 KV round their queries to e4m3 (see
+    With `fp8_scores`, calls of 256 queries per sequence or more round their queries to e4m3 (see
     `fp8_scores`); raises `FormatError` for that over INT4.
     """
     if fp8_scores and k_cache.format is not KVFormat.FP8:
         raise FormatError("fp8_scores needs keys held as fp8, found int4")
     bounds = {"num_seqs": len(seq_lens), "max_seqlen_k": max_seqlen_k}
     many = widening_pays(q, k_cache, **bounds)
-    if fp8_scores and many and not q.is_cuda:
+    fp8_scores = fp8_scores and many and len(q) >= FP8_QUERIES * len(seq_lens)
+    if fp8_scores and not q.is_cuda:
         q = rounded_queries(q).to(q.dtype)
     if not q.is_cuda:
         run = quantized_attention_ref

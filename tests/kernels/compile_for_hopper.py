@@ -75,7 +75,8 @@ def all_kernels() -> dict[str, dict[str, Any]]:
                  "partial": "*fp32", "stats": "*fp32"}  # fmt: skip
         tile = {"BLOCK_SIZE": 16, "GROUP": 4, "D": 128, "BLOCK_N": 64, "BLOCK_D": 128,
                 "LIMITED": False}  # fmt: skip
-        prefill = build(attention._prefill_kernel, types, {**tile, "BLOCK_M": 128}, 8, 3)
+        fixed = {**tile, "BLOCK_M": 128, "SPLIT": False}
+        prefill = build(attention._prefill_kernel, types, fixed, 8, 3)
         found[f"prefill-{dtype}"] = describe(prefill)
         tile |= {"BLOCK_M": 16, "BLOCK_N": 32}
         decode = build(attention._decode_kernel, types, tile, 1, 2)

@@ -57,11 +57,11 @@ def test_limits_bound_what_is_seen(backend):
 )
 def test_it_is_an_option_for_many_queries_over_fp8(backend):
     device = backend.device
-    batch = CodedBatch(KVFormat.FP8, torch.float32, device, ((130, 140),))
+    batch = CodedBatch(KVFormat.FP8, torch.float32, device, ((256, 260),))
     plain = quantized_attention(*batch.args, **batch.options)
     coarse = quantized_attention(*batch.args, **batch.options, fp8_scores=True)
     assert 1e-3 < distance(coarse, plain.double().cpu()) < 0.05
-    few = CodedBatch(KVFormat.FP8, torch.float32, device, ((1, 140),))
+    few = CodedBatch(KVFormat.FP8, torch.float32, device, ((255, 260),))
     assert torch.equal(quantized_attention(*few.args, **few.options, fp8_scores=True),
                        quantized_attention(*few.args, **few.options))  # fmt: skip
     four = CodedBatch(KVFormat.INT4, torch.float32, device, ((1, 140),))
