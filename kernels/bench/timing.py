@@ -165,11 +165,13 @@ def environment() -> dict[str, str]:
 
 
 def _commit() -> str:
-    """The checkout's commit, or what the variable COMMIT says where there is no checkout."""
+    """What the variable COMMIT says, where a copy of the tree is measured, or the checkout's."""
+    if told := os.environ.get("COMMIT"):
+        return told
     done = subprocess.run(
         ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
     )
-    return done.stdout.strip() or os.environ.get("COMMIT", "unknown")
+    return done.stdout.strip() or "unknown"
 
 
 class Results:

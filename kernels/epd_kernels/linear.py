@@ -34,8 +34,9 @@ class Scheme(Enum):
 
 # from so many tokens on, widening the weight to FP8 first is faster (measured on an H200)
 _WIDENED_FROM = 512
-# and from so many on, folding group scales into the FP8 operand
-_FOLDED_FROM = 65
+# and from more tokens than that, and so many outputs in all, folding scales into the FP8 operand:
+# below, tiles of 128 rows and tokens would not fill the device
+_FOLDED_BEYOND, _FOLDED_OUTPUTS = 64, 1 << 21
 _EIGHT_BIT = {Scheme.W4A8_FP8: torch.float8_e4m3fn, Scheme.W4A8_INT8: torch.int8}
 _QUANTIZE = {Scheme.W4A8_FP8: quantize_fp8, Scheme.W4A8_INT8: quantize_int8}
 
@@ -52,10 +53,10 @@ def _format(weight: QuantWeight, scheme: Scheme) -> Format:
 class QuantLinear(nn.Module):
     """y = x W^T + bias with W in four bits; activations are quantised per token as `scheme` says.
 
-    On a GPU this is one packed GEMM over a weight in tiles; W4A8-FP8 folds group scales into the
-    weight as it is decoded from 65 tokens on, where groups have 128 inputs and no zeros. From 512
-    tokens on the weight is widened instead, to FP8 or for W4A16 to 16 bits, for the length of the
-    call (N * K elements), and the vendor multiplies; W4A8-INT8 stays with the packed GEMM.
+    On a GPU this is one packed GEMM over a weight in tiles; from 2^21 outputs on W4A8-FP8 folds
+    group scales into the weight as it is decoded, where groups have 128 inputs and no zeros. From
+    512 tokens on the weight is widened instead, to FP8 or for W4A16 to 16 bits, for the length of
+    the call (N * K elements), and the vendor multiplies; W4A8-INT8 stays with the packed GEMM.
     On a CPU the weight is unpacked at first use and kept: as int8 codes for W4A8-INT8 with one
     group per row, where torch's integer product is exact and (measured with AMX, 2048 x 1024) 2 to
     7 times as fast as fp32, and otherwise dequantised, since unpacking at every call costs several
@@ -116,7 +117,7 @@ class QuantLinear(nn.Module):
             out = self._on_cpu(codes, scales, dtype)
         elif self._is_widened(codes):
             out = self._widened(codes, scales, dtype)
-        elif self._folded is not None and scales is not None and len(codes) >= _FOLDED_FROM:
+        elif self._folded is not None and scales is not None and self._is_folded(len(codes)):
             return w4a8_fp8_folded(
                 codes, self.weight, out_dtype=dtype, x_scales=scales, bias=self.bias,
                 residual=residual, folded=self._folded,
@@ -142,6 +143,10 @@ class QuantLinear(nn.Module):
             out = codes.float() @ self._kept(torch.float32).t()
         out = out if scales is None else out * scales[:, None]
         return (out if self.bias is None else out + self.bias.float()).to(dtype)
+
+    def _is_folded(self, tokens: int) -> bool:
+        """Whether folding is the faster way to multiply so many tokens."""
+        return tokens > _FOLDED_BEYOND and tokens * self.out_features >= _FOLDED_OUTPUTS
 
     def _is_widened(self, codes: torch.Tensor) -> bool:
         """Whether the vendor's product over a widened weight is the faster one, and takes it."""

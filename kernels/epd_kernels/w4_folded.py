@@ -167,7 +167,9 @@ def _folded_kernel(
     TRIPS: tl.constexpr = K // 128 // UNROLL
     TILE: tl.constexpr = 4096 if TILED else 64
     i_split = tl.program_id(2)
-    first, last = TRIPS * i_split // num_splits, TRIPS * (i_split + 1) // num_splits
+    first, last = 0, TRIPS
+    if SPLIT:
+        first, last = TRIPS * i_split // num_splits, TRIPS * (i_split + 1) // num_splits
     if EARLY:
         gdc_wait()
     o_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)

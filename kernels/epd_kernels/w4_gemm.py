@@ -130,7 +130,9 @@ def _w4_gemm_kernel(
     TILE: tl.constexpr = 4096 if TILED else 64
     i_split = tl.program_id(2)
     TRIPS: tl.constexpr = STEPS // UNROLL
-    first, last = TRIPS * i_split // num_splits, TRIPS * (i_split + 1) // num_splits
+    first, last = 0, TRIPS
+    if SPLIT:
+        first, last = TRIPS * i_split // num_splits, TRIPS * (i_split + 1) // num_splits
     if EARLY:
         gdc_wait()
     o_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)

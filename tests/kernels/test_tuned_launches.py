@@ -54,12 +54,6 @@ def test_k_is_not_split_beyond_the_tuned_token_counts(path):
             assert found is not None and found.splits == 1
 
 
-def test_row_major_launches_serve_tiles_that_were_not_tuned():
-    table = read_launches(next(path for path in TABLES if path.stem == H200))
-    expected = table["w4a8-int8-group"][22016, 4096][64]
-    assert tuned_launch(H200, "w4a8-int8-group-tiled", 64, 22016, 4096) == expected
-
-
 def test_row_major_launches_serve_token_counts_that_were_not_tuned_in_tiles(monkeypatch):
     rows = {16: GemmConfig(64, 16, 4, 4, 4), 640: GemmConfig(128, 64, 2, 4, 3)}
     tiles = {16: GemmConfig(64, 16, 2, 4, 6), 128: GemmConfig(64, 64, 2, 4, 3)}
