@@ -75,6 +75,8 @@ def _run_prompts(
     for total in context_lengths(longest):
         late = _prompt(_FEW, config, facts, past=total - _FEW)
         steps += [[late], [late, _prompt(_FEW, config, facts)]]
+        if total > _MANY:
+            steps.append([_prompt(_MANY, config, facts, past=total - _MANY)])
     steps.append([_prompt(_MANY, config, facts)] * 2)
     steps.append([_prompt(_FEW, config, facts, sampling) for sampling in _SAMPLINGS])
     steps.append([_picture(config, facts)])
