@@ -15,6 +15,7 @@ from epd.models.context import ForwardContext
 from epd.prompt_graphs import PromptGraphs
 from epd.request import TokenOutput
 from epd.sampler import SampleRow, sample
+from epd.staging import read_back
 from epd.step_arrays import ImageRows, StepTensors, step_arrays
 from epd_kernels.embed_tokens import embed_tokens
 
@@ -144,5 +145,5 @@ def _is_greedy(row: SampleRow) -> bool:
 def _greedy(best: torch.Tensor, rows: Sequence[SampleRow]) -> list[TokenOutput | None]:
     return [
         TokenOutput(row.index, token) if token >= 0 else None
-        for row, token in zip(rows, best.tolist(), strict=True)
+        for row, token in zip(rows, read_back(best), strict=True)
     ]

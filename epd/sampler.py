@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from epd.request import SamplingParams, TokenOutput
-from epd.staging import send_all
+from epd.staging import read_back, send_all
 from epd_kernels.sampling import draw_tokens, keep_counts
 
 if TYPE_CHECKING:
@@ -61,13 +61,13 @@ def sample(logits: torch.Tensor, rows: Sequence[SampleRow]) -> list[TokenOutput 
     if penalised:
         apply_penalties(logits, rows, penalised)
     if any(row.params.temperature > 0.0 for row in rows):
-        chosen = draw_tokens(logits, **_parameters(rows, logits.device)).tolist()
+        ids = draw_tokens(logits, **_parameters(rows, logits.device))
     else:
-        best, ids = logits.max(dim=-1)
-        chosen = torch.where(best.isfinite(), ids, -1).tolist()
+        best, index = logits.max(dim=-1)
+        ids = torch.where(best.isfinite(), index, -1)
     outputs = [
         TokenOutput(row.index, token) if token >= 0 else None
-        for row, token in zip(rows, chosen, strict=True)
+        for row, token in zip(rows, read_back(ids), strict=True)
     ]
     if logprobs is not None:
         _add_logprobs(outputs, rows, wanted, logprobs)

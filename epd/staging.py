@@ -1,4 +1,4 @@
-"""Host arrays on their way to the device: many in one buffer, and one copy.
+"""Host arrays on their way to the device, many in one buffer and one copy; and numbers back.
 
 Each array begins at a multiple of 16 bytes, so that kernels compiled for one step fit every step.
 """
@@ -61,3 +61,20 @@ def send_all(arrays: Sequence[HostArray], device: torch.device) -> list[torch.Te
     for place, array in zip(layout.arrays(buffer), arrays, strict=True):
         place[...] = array
     return layout.tensors(buffer.to(device, non_blocking=True))
+
+
+def read_back(tensor: torch.Tensor) -> list[int]:
+    """The numbers of an int64 `tensor` [S], once the device has them.
+
+    The wait is for an event. A copy to ordinary memory would wait inside the driver instead, and
+    threads that launch meanwhile, like one that encodes images, with it.
+    """
+    if tensor.is_cuda:
+        host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        host.copy_(tensor, non_blocking=True)
+        copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        copied.record(torch.cuda.current_stream(tensor.device))
+        copied.synchronize()
+        tensor = host
+    numbers: list[int] = tensor.tolist()
+    return numbers

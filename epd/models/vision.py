@@ -130,7 +130,7 @@ class VisionEncoder:
         out: list[VisionInputs] = []
         for start in range(0, len(images), batch_size):
             pixels = self.pixels(images[start : start + batch_size])
-            out.extend(self._inputs(pixels.to(self.device, self.dtype), needs))
+            out.extend(self._inputs(self._on_device(pixels), needs))
         return out
 
     @property
@@ -145,10 +145,21 @@ class VisionEncoder:
         """What enters the first layer, `[batch, positions, width]` of `batch_size` images each."""
         out = []
         for start in range(0, len(images), batch_size):
-            pixels = self.pixels(images[start : start + batch_size]).to(self.device, self.dtype)
+            pixels = self._on_device(self.pixels(images[start : start + batch_size]))
             states = self.tower(pixel_values=pixels, output_hidden_states=True).hidden_states
             out.append(states[0])
         return out
+
+    def _on_device(self, pixels: torch.Tensor) -> torch.Tensor:
+        """`pixels` in the dtype and on the device of the tower.
+
+        From pinned memory: a copy of ordinary memory first waits for the stream, which a thread
+        that decodes may never leave idle.
+        """
+        pixels = pixels.to(self.dtype)
+        if self.device.type == "cuda":
+            pixels = pixels.pin_memory()
+        return pixels.to(self.device, non_blocking=True)
 
     def encode_pixels(self, pixels: torch.Tensor) -> torch.Tensor:
         """`[N, num_tokens, hidden]` of processed pixels `[N, 3, S, S]`."""
