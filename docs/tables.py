@@ -56,16 +56,21 @@ def _share(told: dict[str, int]) -> str:
 
 
 def _offline() -> str:
-    rows = _rows("bench/offline_h200.csv")
+    """The runs side by side; each has the same rows."""
+    runs = [_rows(f"bench/offline_{name}h200.csv") for name in ("", "w4a8_", "eager_")]
+    told = ["metric", "images", "batch", "requests", "output_tokens"]
     cells = [
-        [
-            row["metric"], row["images"], row["batch"], row["requests"], row["output_tokens"],
-            f"{row['value']} {row['unit']}",
-        ]
-        for row in rows
-    ]  # fmt: skip
-    header = ["measure", "images", "batch", "requests", "output tokens", "value"]
-    return _measured(rows[0]) + _markdown(header, cells)
+        [*(row[name] for name in told), *(same["value"] for same in rows), row["unit"]]
+        for row in runs[0]
+        for rows in [[_same(run, row, told) for run in runs]]
+    ]
+    header = ["measure", "images", "batch", "requests", "output tokens",
+              "bf16", "W4A8-FP8, INT4 KV", "bf16, no recorded steps", "unit"]  # fmt: skip
+    return "".join(_measured(run[0]) for run in runs) + _markdown(header, cells)
+
+
+def _same(run: list[dict[str, str]], row: dict[str, str], told: list[str]) -> dict[str, str]:
+    return next(other for other in run if all(other[name] == row[name] for name in told))
 
 
 def _roles() -> str:

@@ -61,8 +61,9 @@ def _limited_ref(
 ) -> torch.Tensor:
     """One sequence whose row i sees the positions below `limits[i]`."""
     seen = torch.arange(len(k), device=q.device) < limits[:, None]
+    heads_first = [t.transpose(0, 1)[None] for t in (q, k, v)]
     out = functional.scaled_dot_product_attention(
-        *(t.transpose(0, 1)[None] for t in (q, k, v)), attn_mask=seen, scale=scale, enable_gqa=True
+        heads_first[0], heads_first[1], heads_first[2], attn_mask=seen, scale=scale, enable_gqa=True
     )
     return out[0].transpose(0, 1).masked_fill(~seen.any(dim=1)[:, None, None], 0)
 

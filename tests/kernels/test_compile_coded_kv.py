@@ -33,7 +33,7 @@ def test_decode_programs_fit_a_multiprocessor(compiled):
 
 
 def test_warps_keep_codes_in_registers(compiled):
-    """Twelve on a multiprocessor, at under two thirds of the instructions of the tiles in shared memory."""
+    """Twelve on a multiprocessor, at under two thirds of the instructions of tiles."""
     for dim, most in ((128, 2.1), (64, 3.2)):
         found = compiled[f"warps-{dim}"]
         assert found["mma"] and not found["wgmma"]

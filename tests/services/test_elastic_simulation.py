@@ -196,7 +196,7 @@ def test_the_cpu_times_are_those_measured() -> None:
 
 
 def test_the_h200_times_are_those_measured() -> None:
-    rows = _table("offline_h200.csv")
+    rows = _table("offline_eager_h200.csv")
 
     def value(metric: str) -> float:
         return fmean(

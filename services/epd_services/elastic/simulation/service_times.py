@@ -85,7 +85,7 @@ H200 = ServiceTimes(
     switch_llm=0.2, switch_encoder=0.7,
 )  # fmt: skip
 """LLaVA-1.5-7B shapes: TTFT parts and the mean TPOT, flat over the batch, of
-docs/bench/offline_h200.csv. Hand-over and switches were not measured there and are assumed.
+docs/bench/offline_eager_h200.csv. Hand-over and switches were not measured there and are assumed.
 """
 
 PROFILES = {profile.name: profile for profile in (CPU, H200)}
