@@ -39,7 +39,7 @@ def test_nearest_shape_and_bucket():
     table = read_launches(next(path for path in TABLES if path.stem == H200))
     exact = table["w4a8-fp8-tiled"][22016, 4096]
     find = lambda m, n, k: tuned_launch(H200, "w4a8-fp8-tiled", m, n, k)  # noqa: E731
-    for tokens, bucket in ((1, 16), (16, 16), (17, 32), (128, 128), (640, 640)):
+    for tokens, bucket in ((1, 1), (2, 4), (16, 16), (17, 32), (128, 128), (640, 640)):
         assert find(tokens, 22016, 4096) == exact[bucket]
     assert find(64, 20480, 4096) == exact[64]
     assert find(64, 1024, 4096) is None
