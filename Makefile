@@ -36,6 +36,8 @@ bench-kernels:
 	PYTHONPATH=kernels $(PYTHON) kernels/bench/bench_gemm.py -o docs/bench/gemm_h200.csv
 	PYTHONPATH=kernels $(PYTHON) kernels/bench/bench_gemlite.py -o docs/bench/gemlite_h200.csv
 	PYTHONPATH=kernels $(PYTHON) kernels/bench/bench_layer.py -o docs/bench/layer_h200.csv
+	PYTHONPATH=kernels $(PYTHON) kernels/bench/bench_kv_attention.py -o docs/bench/kv_attention_h200.csv
+	PYTHONPATH=kernels $(PYTHON) kernels/bench/bench_sampling.py -o docs/bench/sampling_h200.csv
 	$(PYTHON) kernels/bench/report.py docs/bench/gemm_h200.csv --layers docs/bench/layer_h200.csv --page kernels/README.md --plot docs/bench/roofline_h200.png
 
 setup: .venv/.ready
