@@ -5,7 +5,7 @@ BIN := .venv/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_ROOT_USER_ACTION := ignore
 
-.PHONY: demo up test test-all lint bench tune bench-kernels setup clean
+.PHONY: demo up test test-all test-gpu lint bench tune bench-kernels setup clean
 
 demo: setup
 	$(BIN)/epd demo --questions 10 --multi
@@ -28,7 +28,10 @@ lint: setup
 bench: setup
 	$(BIN)/epd bench
 
-# both want a GPU, and the Python that sees it: make tune PYTHON=python3
+# these want a GPU, and the Python that sees it: make test-gpu PYTHON=python3
+test-gpu:
+	PYTHONPATH=.:pruning:kernels:services $(PYTHON) -m pytest -n auto -m gpu tests/kernels $(wildcard tests/epd/test_*gpu.py tests/epd/test_quantize_[hv]*.py)
+
 tune:
 	PYTHONPATH=kernels $(PYTHON) kernels/bench/tune_gemm.py -o kernels/epd_kernels/tuned
 
