@@ -15,6 +15,7 @@ import torch
 from epd.block_rows import BlockRows
 from epd.models.context import AttentionBatch, ForwardContext
 from epd.recordings import Recordings
+from epd.sampler import likeliest
 from epd.staging import Layout
 
 if TYPE_CHECKING:
@@ -155,8 +156,7 @@ class DecodeGraphs:
         def step() -> None:
             hidden = self._decoder.forward(self._decoder.embed(ids), positions, context)
             logits = self._decoder.logits(hidden)
-            best, index = logits.max(dim=-1)
-            self._best[:rows].copy_(torch.where(best.isfinite(), index, -1))
+            self._best[:rows].copy_(likeliest(logits))
             self._logits[:rows].copy_(logits)
 
         return step

@@ -15,7 +15,6 @@ from epd.models.context import ForwardContext
 from epd.prompt_graphs import PromptGraphs
 from epd.request import TokenOutput
 from epd.sampler import SampleRow, sample
-from epd.staging import read_back
 from epd.step_arrays import ImageRows, StepTensors, step_arrays
 from epd_kernels.embed_tokens import embed_tokens
 
@@ -92,8 +91,7 @@ class ModelRunner:
         """
         if self.decode_graphs is not None and self.decode_graphs.takes(chunks):
             logits, best = self.decode_graphs.run(chunks)
-            rows = _sample_rows(chunks)
-            return _greedy(best, rows) if all(map(_is_greedy, rows)) else sample(logits, rows)
+            return sample(logits, _sample_rows(chunks), best=best)
         arrays = step_arrays(
             chunks, num_groups=max(self._layer_group) + 1, block_size=self._pool.block_size,
             steady=self.decode_graphs is not None and self.decode_graphs.ready,
@@ -131,19 +129,3 @@ class ModelRunner:
 def _sample_rows(chunks: Sequence[Chunk]) -> list[SampleRow]:
     sequences = [chunk.sequence for chunk in chunks if chunk.samples]
     return [SampleRow(s.sampling, s.tokens, s.num_prompt) for s in sequences]
-
-
-def _is_greedy(row: SampleRow) -> bool:
-    """Whether nothing but the best token is asked for."""
-    asked = row.params
-    return (
-        asked.temperature == 0.0 and asked.logprobs is None and asked.repetition_penalty == 1.0
-        and asked.presence_penalty == 0.0 and asked.frequency_penalty == 0.0
-    )  # fmt: skip
-
-
-def _greedy(best: torch.Tensor, rows: Sequence[SampleRow]) -> list[TokenOutput | None]:
-    return [
-        TokenOutput(row.index, token) if token >= 0 else None
-        for row, token in zip(rows, read_back(best), strict=True)
-    ]

@@ -25,7 +25,7 @@ from epd_kernels.sampling import draw_tokens, keep_counts
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = ["SampleRow", "apply_penalties", "keep_counts", "sample", "uniform"]
+__all__ = ["SampleRow", "apply_penalties", "keep_counts", "likeliest", "sample", "uniform"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,11 +49,14 @@ def uniform(seed: int, index: int) -> float:
     return (int.from_bytes(digest, "little") >> 11) * 2.0**-53
 
 
-def sample(logits: torch.Tensor, rows: Sequence[SampleRow]) -> list[TokenOutput | None]:
+def sample(
+    logits: torch.Tensor, rows: Sequence[SampleRow], *, best: torch.Tensor | None = None
+) -> list[TokenOutput | None]:
     """The next token of each row of fp32 `logits` [S, vocab]; None where a row is not finite.
 
-    `logits` may be modified. The ids are read back once. Nothing is sent where all rows are greedy
-    without penalties, and one small array where some are drawn.
+    `best` int64 [S] are the likeliest tokens where they were found already, -1 for rows that are
+    not finite. `logits` may be modified. The ids are read back once. Nothing is sent where all
+    rows are greedy without penalties, and one small array where some are drawn.
     """
     wanted = [i for i, row in enumerate(rows) if row.params.logprobs is not None]
     logprobs = torch.log_softmax(_pick(logits, wanted), dim=-1) if wanted else None
@@ -62,9 +65,10 @@ def sample(logits: torch.Tensor, rows: Sequence[SampleRow]) -> list[TokenOutput 
         apply_penalties(logits, rows, penalised)
     if any(row.params.temperature > 0.0 for row in rows):
         ids = draw_tokens(logits, **_parameters(rows, logits.device))
+    elif best is not None and not penalised:
+        ids = best
     else:
-        best, index = logits.max(dim=-1)
-        ids = torch.where(best.isfinite(), index, -1)
+        ids = likeliest(logits)
     outputs = [
         TokenOutput(row.index, token) if token >= 0 else None
         for row, token in zip(rows, read_back(ids), strict=True)
@@ -72,6 +76,12 @@ def sample(logits: torch.Tensor, rows: Sequence[SampleRow]) -> list[TokenOutput 
     if logprobs is not None:
         _add_logprobs(outputs, rows, wanted, logprobs)
     return outputs
+
+
+def likeliest(logits: torch.Tensor) -> torch.Tensor:
+    """int64 [S]: the best token of each row of `logits` [S, vocab], -1 where it is not finite."""
+    best, index = logits.max(dim=-1)
+    return torch.where(best.isfinite(), index, -1)
 
 
 def _has_penalty(params: SamplingParams) -> bool:

@@ -66,8 +66,8 @@ def send_all(arrays: Sequence[HostArray], device: torch.device) -> list[torch.Te
 def read_back(tensor: torch.Tensor) -> list[int]:
     """The numbers of an int64 `tensor` [S], once the device has them.
 
-    The wait is for an event. A copy to ordinary memory would wait inside the driver instead, and
-    threads that launch meanwhile, like one that encodes images, with it.
+    The wait is for an event, so that no copy to ordinary memory waits inside the driver while other
+    threads, like one that encodes images, want to launch.
     """
     if tensor.is_cuda:
         host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)

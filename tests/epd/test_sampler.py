@@ -39,6 +39,16 @@ def test_greedy_takes_the_best_whatever_else_is_in_the_batch():
     assert [t for i, t in enumerate(ids(logits, mixed)) if i % 2] == alone[1::2]
 
 
+def test_tokens_found_already_are_taken_unless_somebody_is_drawn_or_penalised():
+    logits, found = noise(2, 50), torch.tensor([7, -1])
+    first, second = sample(logits.clone(), [row(), row()], best=found)
+    assert first is not None and first.token_id == 7 and second is None
+    for other in (row(temperature=1.0), row(presence_penalty=0.5)):
+        first, second = sample(logits.clone(), [row(), other], best=found)
+        assert first is not None and first.token_id == int(logits[0].argmax())
+        assert second is not None
+
+
 def test_a_draw_is_the_same_alone_and_in_any_batch():
     logits = noise(7, 200)
     rows = [

@@ -213,12 +213,8 @@ def bench(
     device: Device = None,
     dtype: Dtype = None,
     seed: Annotated[int, typer.Option(min=0, max=2047)] = 0,
-    rates: Annotated[
-        str | None, typer.Option(help="Requests per second to offer, like 2,6.")
-    ] = None,
-    requests: Annotated[
-        int, typer.Option(min=1, max=4096, help="Per rate, and in the burst.")
-    ] = 24,
+    rates: Annotated[str | None, typer.Option(help="Requests per second, like 2,6.")] = None,
+    requests: Annotated[int, typer.Option(min=1, max=4096, help="Per rate and burst.")] = 24,
     output_tokens: Annotated[int, typer.Option(min=1, max=1024)] = 24,
     repeat_images: Annotated[
         float, typer.Option(min=0.0, max=0.95, help="Share of requests with an image seen before.")
