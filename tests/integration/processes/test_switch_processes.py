@@ -201,6 +201,20 @@ async def keep_asking(stack: Any, questions: Any, number: int, until: asyncio.Ev
         questions.check_one(reply, number)
 
 
+def all_decode(admin: AdminClient, limit: float = 20.0) -> None:
+    """Return once nobody is on the way to a decode worker: who is, would have to try another."""
+    until, seen = time.monotonic() + limit, 0
+    while seen < 3:  # what a worker says of itself may be a beat old
+        others = [w for w in admin.status()["workers"] if "D" not in w["stages"]]
+        idle = not any(
+            w["running"] or w["kv_leases"] or w["encode_queue"] or w["handoff_queue"]
+            for w in others
+        )
+        seen = seen + 1 if idle else 0
+        assert time.monotonic() < until, others
+        time.sleep(0.1)
+
+
 def no_leaks(operator: Operator) -> None:
     """Every block, lease and queue is back where it started."""
     until = time.monotonic() + 10
@@ -294,6 +308,7 @@ def test_long_answers_go_on_at_a_peer_when_the_drain_is_short(
     before = operator.stack.pipeline()["counters"]
 
     def accident(admin: AdminClient) -> dict[str, Any]:
+        all_decode(admin)
         return follow(admin, admin.switch("decode-0", "P", drain_seconds=0.2)["switch_id"])
 
     for _ in range(4):  # the answers at hand may all be about to end
