@@ -111,7 +111,7 @@ class ChatService:
 
     def _check(self, request: ChatRequest) -> None:
         if request.model is not None and request.model != self.model_name:
-            raise NotFoundError("That model is not served here; see /v1/models.", "model")
+            raise NotFoundError("That model is not served here; GET v1/models lists what is.", "model")
         images = len(request.images)
         if images > self._settings.max_images:
             limit = self._settings.max_images
@@ -131,11 +131,10 @@ class ChatService:
         )
         pruning = self._pruning.resolve(request.pruning) if request.images else None
         ids = await self._tokenize(request)
-        images = await asyncio.gather(*(self._pixels(part.url, call) for part in request.images))
         return Submission(
             request_id=uuid.uuid4().hex,
             prompt_token_ids=ids,
-            images=list(images),
+            images=await self._decode(request, call),
             sampling=sampling,
             salt=combine_salts(call.salt, request.cache_salt),
             timeout_s=max(deadline - self._clock(), 0.001),
@@ -152,6 +151,16 @@ class ChatService:
         if len(ids) >= self._formatter.card.max_position:
             raise InvalidRequestError("The prompt is longer than the model's context.", "messages")
         return ids
+
+    async def _decode(self, request: ChatRequest, call: Call) -> list[ImagePixels]:
+        """Every image's pixels. Once one is refused, nothing goes on for the others."""
+        tasks = [asyncio.create_task(self._pixels(part.url, call)) for part in request.images]
+        try:
+            return await asyncio.gather(*tasks)
+        finally:
+            # one that went on would take from a budget that was given back
+            for task in tasks:
+                task.cancel()
 
     async def _pixels(self, url: str, call: Call) -> ImagePixels:
         data = await image_bytes(url, self._settings.max_image_bytes, self._fetcher)

@@ -42,6 +42,7 @@ _DEFAULTS = {
     404: "No such route.",
     405: "This route does not take that method.",
     408: "The request's deadline passed.",
+    409: "That cannot be done now.",
     413: "The request body is too large.",
     415: "The body must be application/json.",
     429: "The service is at capacity; try again later.",

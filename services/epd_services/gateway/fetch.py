@@ -82,7 +82,7 @@ def parse_url(url: str) -> ImageURL:
     except ValueError:
         raise MediaError("The image URL is malformed.", _PARAM) from None
     if parts.scheme not in _PORTS:
-        raise MediaError("The image URL must be a data:, http: or https: URL.", _PARAM)
+        raise MediaError("The image URL must be a data, http or https URL.", _PARAM)
     if "@" in parts.netloc or "%" in parts.netloc:
         raise MediaError("The image URL must not carry credentials or escapes.", _PARAM)
     if not _is_host(host):

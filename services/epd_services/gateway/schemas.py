@@ -228,7 +228,8 @@ def parse_chat_request(body: bytes) -> ChatRequest:
 
 def _refusal(errors: list[ErrorDetails]) -> InvalidRequestError:
     """One fixed text about the deepest fault; unions report one fault per branch."""
-    error = max(errors, key=lambda e: len(e["loc"]))
+    # of two branches equally deep, the one of another type says least
+    error = max(errors, key=lambda e: (len(e["loc"]), not e["type"].endswith("_type")))
     if error["type"] == "json_invalid":
         return InvalidRequestError("The body is not valid JSON.")
     param = _param(error["loc"])
