@@ -218,7 +218,9 @@ class _Gateway:
 
     async def _model(self, request: Request) -> Response:
         if request.path_params["model"] != self._chat.model_name:
-            raise NotFoundError("That model is not served here; GET v1/models lists what is.", "model")
+            raise NotFoundError(
+                "That model is not served here; GET v1/models lists what is.", "model"
+            )
         return JSONResponse(self._model_json())
 
     async def _pipeline(self, _: Request) -> Response:

@@ -79,8 +79,8 @@ class Attempts:
         self.records[record.request_id] = record
         self.on_start(record)
         self._spawn(record, self._begin(record))
-        left = self._left(record)
-        asyncio.get_running_loop().call_later(left, self.expire, record)
+        loop = asyncio.get_running_loop()
+        record.timer = loop.call_later(self._left(record), self.expire, record)
 
     async def stop(self) -> None:
         """Cancel what is being sent out."""
@@ -238,6 +238,9 @@ class Attempts:
 
     def forget(self, record: Record) -> None:
         record.done = True
+        if record.timer is not None:
+            # it would keep the pixels until the deadline
+            record.timer.cancel()
         self.records.pop(record.request_id, None)
 
     def cancel(self, record: Record) -> None:

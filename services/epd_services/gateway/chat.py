@@ -111,7 +111,9 @@ class ChatService:
 
     def _check(self, request: ChatRequest) -> None:
         if request.model is not None and request.model != self.model_name:
-            raise NotFoundError("That model is not served here; GET v1/models lists what is.", "model")
+            raise NotFoundError(
+                "That model is not served here; GET v1/models lists what is.", "model"
+            )
         images = len(request.images)
         if images > self._settings.max_images:
             limit = self._settings.max_images

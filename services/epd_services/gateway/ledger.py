@@ -43,6 +43,7 @@ class Record:
     adopted: bool = False
     usage: Usage | None = None
     done: bool = False
+    timer: asyncio.TimerHandle | None = None
 
     @property
     def request_id(self) -> str:

@@ -39,6 +39,9 @@ async def image_bytes(url: str, max_bytes: int, fetcher: ImageFetcher | None) ->
         return parse_data_url(url, max_bytes)
     if url[:4].lower() == "http":
         if fetcher is None:
-            raise MediaError("Image URLs are not fetched here; send the image itself as a base64 data URL.", _PARAM)
+            raise MediaError(
+                "Image URLs are not fetched here; send the image itself as a base64 data URL.",
+                _PARAM,
+            )
         return await fetcher.fetch(url)
     raise MediaError("The image URL must be a data, http or https URL.", _PARAM)
