@@ -1,13 +1,14 @@
-"""Lone prompts as recordings: one per count of tokens and bound on length, on static buffers.
+"""Steps with prompts as recordings: one per count of tokens, of sequences and bound on length.
 
-A prompt of a thousand tokens keeps a GPU busy for less time than a host needs to launch some 25
-kernels per layer one by one. The prompt is padded with a second sequence that has no KV: its
-queries see nothing, and its tokens are written nowhere.
+A thousand tokens keep a GPU busy for less time than a host needs to launch some 25 kernels per
+layer one by one, be they a prompt alone or some prompts beside sequences that decode. A step is
+padded with sequences that have no KV; the last of them takes the padding tokens, whose queries see
+nothing and which are written nowhere.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ import torch
 from epd.decode_graphs import length_bounds, table_width
 from epd.models.context import AttentionBatch, ForwardContext
 from epd.recordings import Recordings
+from epd.sampler import likeliest
 from epd.staging import Layout
 from epd.step_arrays import StepArrays
 from epd_kernels.embed_tokens import embed_tokens
@@ -28,22 +30,38 @@ if TYPE_CHECKING:
     from epd.scheduler import Chunk
     from epd.staging import HostArray
 
-__all__ = ["PromptGraphs", "prompt_sizes"]
+__all__ = ["PromptGraphs", "PromptShape", "prompt_sizes", "sequence_counts"]
 
 _INT64: np.dtype[Any] = np.dtype(np.int64)
 _INT32: np.dtype[Any] = np.dtype(np.int32)
-_LARGEST = 1024
-_STEP = 128
+_LARGEST, _STEP = 1024, 128
+_FINE_LARGEST, _FINE_STEP = 512, 64
+_SEQUENCES = (1, 8, 32, 64)
+
+
+class PromptShape(NamedTuple):
+    """Tokens and sequences of a step at most, and positions that no sequence of it exceeds."""
+
+    tokens: int
+    sequences: int
+    bound: int
 
 
 def prompt_sizes(most: int) -> list[int]:
-    """16, 32, 64, then multiples of 128 up to `most` or 1,024, whichever is less."""
-    wanted = [16, 32, 64, *range(_STEP, _LARGEST + 1, _STEP)]
+    """16, 32, multiples of 64 up to 512, of 128 up to 1,024; none above `most`."""
+    fine = range(_FINE_STEP, _FINE_LARGEST, _FINE_STEP)
+    wanted = [16, 32, *fine, *range(_FINE_LARGEST, _LARGEST + 1, _STEP)]
     return [size for size in wanted if size <= most]
 
 
+def sequence_counts(most: int) -> list[int]:
+    """1, 8, 32, 64, up to `most`, which is the last if it is less."""
+    most = min(most, _SEQUENCES[-1])
+    return [*(count for count in _SEQUENCES if count < most), most]
+
+
 class PromptGraphs:
-    """Runs steps of one chunk of a prompt, up to 1,024 tokens. Call `record` or `defer` before."""
+    """Runs steps of up to 1,024 tokens of up to 64 sequences. Call `record` or `defer` before."""
 
     def __init__(
         self,
@@ -53,24 +71,40 @@ class PromptGraphs:
         *,
         layer_group: tuple[int, ...],
         max_tokens: int,
+        max_num_seqs: int,
         max_model_len: int,
     ) -> None:
         self._decoder = decoder
         self._pool = pool
         self._layer_group = layer_group
-        self._sizes = prompt_sizes(min(max_tokens, max_model_len))
+        self._sizes = prompt_sizes(max_tokens)
+        self._counts = sequence_counts(min([max_num_seqs, *self._sizes[-1:]]))
         self._bounds = length_bounds(max_model_len)
         self._recordings = None
         if self._sizes:
-            # large ones first: smaller ones find their scratch in what those left
-            shapes = [(n, m) for n in self._sizes[::-1] for m in self._bounds[::-1] if n <= m]
-            self._recordings = Recordings(recorder, shapes, layout=self._layout, make=self._step)
-            device, hidden = recorder.device, decoder.config.hidden_size
+            self._recordings = Recordings(
+                recorder, self._shapes(), layout=self._layout, make=self._step
+            )
+            device, config = recorder.device, decoder.config
+            rows = self._counts[-1]
             self._vision = torch.zeros(
-                self._sizes[-1], hidden, dtype=decoder.dtype, device=device
+                self._sizes[-1], config.hidden_size, dtype=decoder.dtype, device=device
             )  # fmt: skip
-            shape = (1, decoder.config.vocab_size)
-            self._logits = torch.zeros(shape, dtype=torch.float32, device=device)
+            self._logits = torch.zeros(rows, config.vocab_size, device=device)
+            self._best = torch.zeros(rows, dtype=torch.int64, device=device)
+
+    def _shapes(self) -> list[PromptShape]:
+        """All of them; large ones first: smaller ones find their scratch in what those left."""
+        return [
+            PromptShape(tokens, count, bound)
+            for count in self._counts
+            for tokens in self._sizes[::-1]
+            for bound in self._bounds[::-1]
+            if count <= tokens <= self._size(min(count * self._bounds[-1], self._sizes[-1]))
+        ]
+
+    def _size(self, tokens: int) -> int:
+        return next(size for size in self._sizes if size >= tokens)
 
     @torch.inference_mode()
     def record(self, max_bytes: int) -> int:
@@ -85,38 +119,49 @@ class PromptGraphs:
             self._recordings.defer(max_bytes)
 
     def takes(self, chunks: Sequence[Chunk]) -> bool:
-        """Whether the step is one chunk of several tokens, few enough, after which one is sampled.
+        """Whether the step has a recorded size and nothing is pruned inside the decoder.
 
-        Nothing may be pruned inside the decoder.
+        A step of a single token is none: it is left to the kernels of its kind.
         """
-        if self._recordings is None or not self._recordings.ready or len(chunks) > 1:
+        if self._recordings is None or not self._recordings.ready:
             return False
-        chunk = chunks[0]
-        return 1 < chunk.length <= self._sizes[-1] and chunk.samples and not chunk.dropped
+        tokens = sum(chunk.length for chunk in chunks)
+        fits = 1 < tokens <= self._sizes[-1] and len(chunks) <= self._counts[-1]
+        return fits and not any(chunk.dropped for chunk in chunks)
 
-    def run(self, step: StepArrays, vision: Sequence[torch.Tensor]) -> torch.Tensor:
-        """fp32 logits `[1, vocab]` after the step; the next one overwrites them."""
+    def run(
+        self, step: StepArrays, vision: Sequence[torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """fp32 logits `[S, vocab]` of the S rows that sample, and their best ids int64 `[S]`.
+
+        An id is -1 where logits are not finite. The next step overwrites both.
+        """
         assert self._recordings is not None
-        longest = max(int(group.lengths[0]) for group in step.groups)
-        size = next(n for n in self._sizes if n >= len(step.ids))
-        bound = next(n for n in self._bounds if n >= max(longest, size))
         if vision:
             torch.cat(list(vision), out=self._vision[: sum(map(len, vision))])
-        self._recordings.run((size, bound), lambda arrays: _fill(arrays, step))
-        return self._logits
+        self._recordings.run(self._shape(step), lambda arrays: _fill(arrays, step))
+        rows = len(step.last)
+        return self._logits[:rows], self._best[:rows]
+
+    def _shape(self, step: StepArrays) -> PromptShape:
+        """The least shape that holds the step."""
+        longest = max(int(group.lengths.max()) for group in step.groups)
+        count = next(n for n in self._counts if n >= len(step.groups[0].lengths))
+        bound = next(n for n in self._bounds if n >= longest)
+        return PromptShape(self._size(max(len(step.ids), count)), count, bound)
 
     def _layout(self, shape: tuple[int, ...]) -> Layout:
-        """Ids, positions, sources, the last row; per group bounds, lengths, tables and slots."""
-        size, bound = shape
+        """Ids, positions, sources, sampled rows; per group bounds, lengths, tables and slots."""
+        size, count, bound = shape
         row: tuple[tuple[int, ...], np.dtype[Any]] = ((size,), _INT64)
-        width = table_width(bound, self._pool.block_size)
-        group = [((3,), _INT32), ((2,), _INT32), ((2, width), _INT32), row]
+        tables = (count + 1, table_width(bound, self._pool.block_size))
+        group = [((count + 2,), _INT32), ((count + 1,), _INT32), (tables, _INT32), row]
         groups = group * (max(self._layer_group) + 1)
-        return Layout([row, row, ((size,), _INT32), ((1,), _INT64), *groups])
+        return Layout([row, row, ((size,), _INT32), ((count,), _INT64), *groups])
 
     def _step(self, shape: tuple[int, ...], inputs: Sequence[torch.Tensor]) -> Callable[[], None]:
         """The step of `shape`, to be called."""
-        size, bound = shape
+        size, count, bound = shape
         ids, positions, sources, last, *rest = inputs
         groups = tuple(
             AttentionBatch(
@@ -130,7 +175,9 @@ class PromptGraphs:
         def step() -> None:
             hidden = embed_tokens(ids, self._decoder.embedding, self._vision, sources)
             hidden = self._decoder.forward(hidden, positions, context)
-            self._logits.copy_(self._decoder.logits(hidden[last]))
+            logits = self._decoder.logits(hidden[last])
+            self._best[:count].copy_(likeliest(logits))
+            self._logits[:count].copy_(logits)
 
         return step
 
@@ -142,7 +189,7 @@ class PromptGraphs:
         sources.fill(-1)
         for at in range(0, len(rest), 4):
             starts, lengths, tables, slots = rest[at : at + 4]
-            starts[:] = (0, 0, len(ids))
+            starts[:-1], starts[-1] = 0, len(ids)
             lengths.fill(0)
             tables.fill(0)
             slots.fill(-1)
@@ -156,10 +203,13 @@ def _fill(arrays: Sequence[HostArray], step: StepArrays) -> None:
         (ids, step.ids, 0), (positions, step.positions, 0), (sources, step.sources, -1),
     ):  # fmt: skip
         array[:count], array[count:] = given, padding
-    last[0] = count - 1
+    last[: len(step.last)], last[len(step.last) :] = step.last, 0
     for at, group in enumerate(step.groups):
         starts, lengths, tables, slots = rest[4 * at : 4 * at + 4]
-        starts[:] = (0, count, len(ids))
-        lengths[:] = (group.lengths[0], 0)
-        tables[0, : group.tables.shape[1]] = group.tables[0, : tables.shape[1]]
+        rows = len(group.lengths)
+        # every sequence but the last one of those that pad has no query at all
+        starts[:rows], starts[rows:-1], starts[-1] = group.starts[:-1], count, len(ids)
+        lengths[:rows], lengths[rows:] = group.lengths, 0
+        width = min(group.tables.shape[1], tables.shape[1])
+        tables[:rows, :width] = group.tables[:, :width]
         slots[:count], slots[count:] = group.slots, -1

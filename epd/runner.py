@@ -34,7 +34,7 @@ __all__ = ["ModelRunner"]
 class ModelRunner:
     """Runs chunks through the decoder. Holds the vision tokens of requests that may need them.
 
-    With `repeat_with` steps in which everybody decodes, and those of a lone prompt, are repeated
+    With `repeat_with` steps in which everybody decodes, and those of few tokens, are repeated
     recordings. The bounds of the others are rounded up, so that all need the same compiled kernels.
     """
 
@@ -65,7 +65,8 @@ class ModelRunner:
         if config.cuda_graphs:
             self.prompt_graphs = PromptGraphs(
                 self._decoder, self._pool, recorder, layer_group=self._layer_group,
-                max_tokens=config.max_batched_tokens, max_model_len=max_model_len,
+                max_tokens=config.max_batched_tokens, max_num_seqs=config.max_num_seqs,
+                max_model_len=max_model_len,
             )  # fmt: skip
 
     @property
@@ -97,8 +98,9 @@ class ModelRunner:
             steady=self.decode_graphs is not None and self.decode_graphs.ready,
         )  # fmt: skip
         if self.prompt_graphs is not None and self.prompt_graphs.takes(chunks):
-            logits = self.prompt_graphs.run(arrays, self._vision_rows(arrays.images))
-            return sample(logits, _sample_rows(chunks))
+            logits, best = self.prompt_graphs.run(arrays, self._vision_rows(arrays.images))
+            rows = _sample_rows(chunks)
+            return sample(logits, rows, best=best) if rows else []
         step = arrays.send(self._device)
         hidden = self._forward(chunks, step)
         if not len(step.last):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +15,7 @@ from epd.config import EngineConfig
 from epd.core import EngineCore
 from epd.decode_graphs import DecodeGraphs, DecodeShape, batch_sizes, length_bounds
 from epd.graphs import CalledAgain, default_recorder
-from epd.prompt_graphs import prompt_sizes
+from epd.prompt_graphs import prompt_sizes, sequence_counts
 from epd.request import SamplingParams
 from epd.runner import ModelRunner
 from epd.step_arrays import step_arrays
@@ -114,24 +115,57 @@ def test_tokens_equal_the_eager_ones_while_batches_grow_and_shrink(
     assert recorder.steps >= max(lengths.values()) - 2 * len(lengths)
 
 
-def test_only_pruned_or_shared_prompts_run_without_a_recording(
-    layer_bench: Any, build: Callable[..., EngineCore], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    core, eager, expected = build(recorder := Spoiled()), 0, layer_bench.alone
+@pytest.fixture
+def eager(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The count of tokens of each step that runs without a recording."""
+    seen: list[int] = []
     real = ModelRunner._forward
 
     def count(self: ModelRunner, chunks: Any, step: Any) -> torch.Tensor:
-        nonlocal eager
-        eager += 1
+        seen.append(len(step.ids))
         return real(self, chunks, step)
 
     monkeypatch.setattr(ModelRunner, "_forward", count)
+    return seen
+
+
+def test_only_pruned_prompts_run_without_a_recording(
+    layer_bench: Any, build: Callable[..., EngineCore], eager: list[int]
+) -> None:
+    core, expected = build(recorder := Spoiled()), layer_bench.alone
+    eager.clear()
     core.add(layer_bench.sequence("two"), layer_bench.vision("two"))
     assert layer_bench.drain(core) == {"two": expected["two"]}
-    assert (eager, recorder.steps) == (1, layer_bench.new - 1)  # pruned, hence not recorded
+    assert (len(eager), recorder.steps) == (1, layer_bench.new - 1)  # pruned, hence not recorded
     core.add(layer_bench.sequence("dense"), layer_bench.vision("dense"))
     assert layer_bench.drain(core) == {"dense": expected["dense"]}
-    assert (eager, recorder.steps) == (1, 2 * layer_bench.new - 1)
+    assert (len(eager), recorder.steps) == (1, 2 * layer_bench.new - 1)
+
+
+@pytest.mark.parametrize(("budget", "seqs"), [(20, 3), (64, 9), (2048, 5), (2048, 100)])
+@pytest.mark.parametrize("kv", ["bf16", "int4"])
+def test_prompts_beside_decoding_sequences_are_recorded_too(
+    layer_bench: Any, build: Callable[..., EngineCore], eager: list[int], budget: int, seqs: int,
+    kv: str,
+) -> None:  # fmt: skip
+    answers = []
+    for recorder in (None, Spoiled()):
+        core = build(recorder, max_batched_tokens=budget, max_num_seqs=seqs, kv=kv)
+        eager.clear()
+        found: dict[str, list[int]] = {}
+        for wave in range(3):  # each finds the one before decoding
+            for name in layer_bench.cases:
+                sequence = layer_bench.sequence(name, layer_keep=None)
+                sequence = dataclasses.replace(sequence, request_id=f"{name}-{wave}")
+                core.add(sequence, layer_bench.vision(name))
+            for _ in range(3):
+                for token in core.step().tokens:
+                    found.setdefault(token.request_id, []).append(token.output.token_id)
+        layer_bench.drain(core, found)
+        core.check()
+        answers.append(found)
+    assert answers[0] == answers[1] and len(answers[0]) == 3 * len(layer_bench.cases)
+    assert all(tokens > prompt_sizes(budget)[-1] for tokens in eager)
 
 
 def test_preempted_requests_give_the_same_tokens(
@@ -197,16 +231,19 @@ def test_logits_of_a_padded_prompt_are_those_of_the_prompt(
             else:
                 assert runner.prompt_graphs.takes(chunks)
                 vision = runner._vision_rows(arrays.images)
-                seen.append(runner.prompt_graphs.run(arrays, vision))
+                seen.append(runner.prompt_graphs.run(arrays, vision)[0].clone())
     torch.testing.assert_close(seen[1], seen[0], rtol=1e-5, atol=1e-4)
 
 
 def test_sizes_of_prompts_waste_little() -> None:
     assert prompt_sizes(15) == []
-    assert prompt_sizes(200) == [16, 32, 64, 128]
-    assert prompt_sizes(10**6)[-3:] == [768, 896, 1024]
-    for length in range(129, 1025):
-        assert next(n for n in prompt_sizes(2048) if n >= length) - length < 128
+    assert prompt_sizes(200) == [16, 32, 64, 128, 192]
+    assert prompt_sizes(10**6)[-4:] == [640, 768, 896, 1024]
+    for length in range(65, 1025):
+        waste = next(n for n in prompt_sizes(2048) if n >= length) - length
+        assert waste < (64 if length <= 512 else 128)
+    assert [sequence_counts(n) for n in (1, 6, 8, 9)] == [[1], [1, 6], [1, 8], [1, 8, 9]]
+    assert sequence_counts(256) == [1, 8, 32, 64]
 
 
 @pytest.mark.parametrize("kv", ["fp8", "int4"])

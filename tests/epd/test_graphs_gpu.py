@@ -175,12 +175,44 @@ def test_a_padded_prompt_agrees_with_the_prompt(scheme: str | None, kv: str, len
         step = arrays.send(torch.device("cuda"))
         expected = decoder.logits(runner._forward(chunks, step)[step.last])
         assert graphs.takes(chunks)
-        found = graphs.run(arrays, runner._vision_rows(arrays.images)).clone()
-        again = graphs.run(arrays, runner._vision_rows(arrays.images))
+        found = graphs.run(arrays, runner._vision_rows(arrays.images))[0].clone()
+        again, best = graphs.run(arrays, runner._vision_rows(arrays.images))
     assert torch.equal(found, again)
+    assert torch.equal(best, found.argmax(-1))
     error = float((found - expected).norm() / expected.norm())
     # other tiles sum in another order, and codes amplify a last bit into a step of the quantiser
     assert error < (2e-2 if scheme is None and kv == "bf16" else 6e-2)
+
+
+@pytest.mark.parametrize(("scheme", "kv"), KINDS)
+def test_prompts_beside_decoding_sequences_agree_with_the_step(scheme: str | None, kv: str) -> None:
+    core = _core(_decoder(scheme), kv=kv)
+    runner, errors, sizes = core._runner, list[float](), set[int]()
+    graphs = runner.prompt_graphs
+    assert graphs is not None
+
+    def watch(chunks: list[Chunk]) -> None:
+        if len(chunks) == 1 or all(c.length == 1 for c in chunks) or not graphs.takes(chunks):
+            return
+        with torch.inference_mode():
+            arrays = step_arrays(chunks, num_groups=3, block_size=core.pool.block_size, steady=True)
+            step = arrays.send(torch.device("cuda"))
+            hidden = runner._forward(chunks, step)[step.last]
+            expected = runner._decoder.logits(hidden).clone()
+            found = graphs.run(arrays, runner._vision_rows(arrays.images))[0].clone()
+            again, best = graphs.run(arrays, runner._vision_rows(arrays.images))
+        assert torch.equal(found, again)
+        assert torch.equal(best, found.argmax(-1))
+        errors.append(float((found - expected).norm() / expected.norm()))
+        sizes.add(len(chunks))
+
+    for number, length in enumerate((3, 17, 100, 400) * 4):
+        # answers of different lengths end one by one, and prompts join the others
+        sampling = SamplingParams(max_tokens=3 + number % 5, ignore_eos=True)
+        _add(core, f"{number}", length + number, images=number % 2, sampling=sampling)
+    _steps(core, watch)
+    assert len(sizes) > 1 and len(errors) > 5
+    assert max(errors) < (2e-2 if scheme is None and kv == "bf16" else 6e-2)
 
 
 def test_without_memory_for_graphs_the_tokens_are_the_same() -> None:
