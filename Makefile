@@ -30,7 +30,7 @@ bench: setup
 
 # these want a GPU, and the Python that sees it: make test-gpu PYTHON=python3
 test-gpu:
-	PYTHONPATH=.:pruning:kernels:services $(PYTHON) -m pytest -n auto -m gpu tests/kernels $(wildcard tests/epd/test_*gpu.py tests/epd/test_quantize_[hv]*.py)
+	PYTHONPATH=.:pruning:kernels:services $(PYTHON) -m pytest -n auto -m gpu tests/kernels $(wildcard tests/epd/test_*gpu.py tests/epd/test_tower*.py tests/epd/test_quantize_[hv]*.py)
 
 tune:
 	PYTHONPATH=kernels $(PYTHON) kernels/bench/tune_gemm.py -o kernels/epd_kernels/tuned

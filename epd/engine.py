@@ -22,6 +22,7 @@ from epd.core import EngineCore
 from epd.demo import CHECKPOINT
 from epd.detokenize import Detokenizer
 from epd.errors import error_from_code
+from epd.graphs import default_recorder
 from epd.images import ImageInput, RGBArray, rgb_array
 from epd.models.card import ModelCard
 from epd.models.decoder import Decoder
@@ -105,6 +106,7 @@ class LLM:
             decoder = Decoder.random(self.card.text, device, dtype, random_seed)
         self.core = EngineCore(decoder, self.card, config=self.config, device=device)
         self.core.warm_up()
+        self.vision.repeat_with(default_recorder(device, graphs=self.config.cuda_graphs))
         self._selector = TokenSelector(QueryEncoder(self.card, decoder))
         self._count = 0
 

@@ -21,10 +21,12 @@ from epd.models.files import problem
 from epd.models.pixels import ImageProcessor
 from epd.models.quantized_layers import resident_bytes
 from epd.models.quantized_vision import drop_linears, install_linears, vision_sources
+from epd.models.tower_graphs import TowerGraphs
 from epd.models.vision_probe import AttentionProbe
 from epd_pruning.base import VisionInputs
 
 if TYPE_CHECKING:
+    from epd.graphs import Recorder
     from epd.models.card import ModelCard
 
 __all__ = ["VisionEncoder", "restore_position_ids"]
@@ -53,6 +55,7 @@ class VisionEncoder:
         install_linears(self.parts, sources, torch.device(device), dtype)
         self._processor = ImageProcessor(card, self._config.vision_config.image_size)
         self.device, self.dtype = torch.device(device), dtype
+        self._graphs: TowerGraphs | None = None
         self._alignment = read_alignment(card, self._config.vision_config.hidden_size)
         if self._alignment is not None:
             self._alignment = self._alignment.to(self.device, dtype)
@@ -85,6 +88,21 @@ class VisionEncoder:
             else:
                 parameter.normal_(0.0, 0.02, generator=generator)
         return encoder
+
+    @torch.no_grad()
+    def repeat_with(self, recorder: Recorder | None, *, at_once: bool = True) -> None:
+        """Repeat recordings of the tower for small batches, made now or when first needed.
+
+        Without a `recorder` they are dropped: do so before the weights move.
+        """
+        self._graphs = None
+        if recorder is not None:
+            size = self._config.vision_config.image_size
+            self._graphs = TowerGraphs(
+                self._read, recorder, shape=(3, size, size), dtype=self.dtype
+            )  # fmt: skip
+            if at_once:
+                self._graphs.record()
 
     def num_tokens(self, width: int, height: int) -> int:
         """Vision tokens of an image of this size; a LLaVA resizes every image to one size."""
@@ -162,12 +180,14 @@ class VisionEncoder:
         return pixels.to(self.device, non_blocking=True)
 
     def encode_pixels(self, pixels: torch.Tensor) -> torch.Tensor:
-        """`[N, num_tokens, hidden]` of processed pixels `[N, 3, S, S]`."""
-        return torch.stack([image.embeddings for image in self._inputs(pixels, frozenset())])
+        """`[N, num_tokens, hidden]` of processed pixels `[N, 3, S, S]`, as `pixels` makes them."""
+        inputs = self._inputs(self._on_device(pixels), frozenset())
+        return torch.stack([image.embeddings for image in inputs])
 
     @torch.no_grad()
     def _inputs(self, pixels: torch.Tensor, needs: frozenset[str]) -> list[VisionInputs]:
-        states = self.tower(pixel_values=pixels, output_hidden_states=True).hidden_states
+        read = self._graphs.run(pixels) if self._graphs is not None else None
+        states = dict(zip(self._wanted, read or self._read(pixels), strict=True))
         first = 1 if self._config.vision_feature_select_strategy == "default" else 0
         features = torch.cat([states[layer][:, first:] for layer in self._layers], dim=-1)
         found: dict[str, Any] = {"embeddings": self.projector(features)}
@@ -190,6 +210,16 @@ class VisionEncoder:
             VisionInputs(grid=grid, **{name: value[i] for name, value in found.items()})
             for i in range(len(pixels))
         ]
+
+    @property
+    def _wanted(self) -> list[int]:
+        """The hidden states that anything reads: the projector, and the layer before its last."""
+        return sorted({*self._layers, max(self._layers[-1] - 1, 0)})
+
+    def _read(self, pixels: torch.Tensor) -> list[torch.Tensor]:
+        """Those of `_wanted`, `[N, positions, width]` each."""
+        states = self.tower(pixel_values=pixels, output_hidden_states=True).hidden_states
+        return [states[layer] for layer in self._wanted]
 
     def check_needs(self, needs: frozenset[str]) -> None:
         """Raise `InvalidRequestError` if this checkpoint cannot give all that `needs` names."""

@@ -19,6 +19,7 @@ import torch
 from epd.config import EngineConfig
 from epd.core import EngineCore, NewSequence
 from epd.errors import ConfigError, EPDError
+from epd.graphs import default_recorder
 from epd.kv.gate import choose_formats
 from epd.kv.pool import KVPool
 from epd.models.card import ModelCard
@@ -86,6 +87,7 @@ class OfflinePipeline:
             self.decoder, self.card, config=self._config(dtype, kv, cuda_graphs), device=self.device
         )
         self.core.warm_up()
+        self.encoder.repeat_with(default_recorder(self.device, graphs=cuda_graphs))
 
     @property
     def weight_bytes(self) -> int:
@@ -131,7 +133,7 @@ class OfflinePipeline:
         pixels = self.encoder.pixels(pictures)
         if split:
             pixels_done = self.synchronize()
-        tokens = self.encoder.encode_pixels(pixels.to(self.device, self.encoder.dtype))
+        tokens = self.encoder.encode_pixels(pixels)
         if split:
             encode_done = self.synchronize()
         self._add(list(tokens), max_tokens=1)

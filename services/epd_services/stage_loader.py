@@ -17,6 +17,7 @@ from torch import nn
 from epd.config import EngineConfig
 from epd.core import EngineCore
 from epd.errors import ConfigError, InvalidRequestError, RoleError
+from epd.graphs import default_recorder
 from epd.models.card import ModelCard
 from epd.models.decoder import Decoder
 from epd.models.query import QueryEncoder
@@ -60,7 +61,7 @@ class ModelLoader:
         self._make_decoder = decoder or (lambda: Decoder.load(card, device, dtype))
         self._loaded: dict[str, Component] = {}
         self._core: EngineCore | None = None
-        self._compiled = False
+        self._compiled = self._encoded = False  # whether a decoder, an encoder was here before
         self._selector: TokenSelector | None = None
         self.warm = WarmWeights(warm_bytes, device)
         self._turn = threading.Lock()  # warming up runs beside switches
@@ -96,6 +97,8 @@ class ModelLoader:
             self._selector = None
         if _DECODER in dropped:
             self._core = None
+        if _ENCODER in dropped:
+            self._loaded[_ENCODER].value.repeat_with(None)
         for name in dropped:
             self._rest(self._loaded.pop(name))
         if freed and self._device.startswith("cuda"):
@@ -113,8 +116,10 @@ class ModelLoader:
 
     def _load(self, stages: StageSet) -> None:
         needed = _needs(stages)
-        if _ENCODER in needed:
-            self._have(_ENCODER)
+        if _ENCODER in needed and _ENCODER not in self._loaded:
+            recorder = default_recorder(self._device, graphs=self._config.cuda_graphs)
+            self._have(_ENCODER).value.repeat_with(recorder, at_once=not self._encoded)
+            self._encoded = True
         if _DECODER in needed:
             decoder = self._have(_DECODER).value
             if self._core is None:
