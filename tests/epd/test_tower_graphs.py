@@ -30,7 +30,7 @@ def pictures(count: int, seed: int = 0) -> list[np.ndarray[Any, np.dtype[np.uint
 
 
 def reusing(read: Any) -> Any:
-    """`read` that leaves its results where it left those of the last such batch, as a graph does."""
+    """`read` with its results where those of the last such batch were, as a graph leaves them."""
     kept: dict[int, list[torch.Tensor]] = {}
 
     def run(pixels: torch.Tensor) -> list[torch.Tensor]:
