@@ -80,6 +80,11 @@ class CoreLoop:
             del self.attempts[request_id]
             self.submit(lambda: self._core.cancel(request_id))
 
+    def _forget(self, request_id: str, attempt: int) -> None:
+        """Note that the core has ended this attempt; a newer one goes on."""
+        if self.attempts.get(request_id) == attempt:
+            del self.attempts[request_id]
+
     def fail(self, request_id: str, error: EPDError | Exception, *, retryable: bool) -> None:
         """Report a request as failed and forget it."""
         attempt = self.attempts.get(request_id)
@@ -152,9 +157,10 @@ class CoreLoop:
         loop = asyncio.get_running_loop()
         while True:
             await self._wake.wait()
-            self._wake.clear()
             busy = True
             while busy:
+                # cleared every turn: a flag left set would make every pause an empty one
+                self._wake.clear()
                 operations, self._operations = self._operations, []
                 operations += self._prepared()
                 round_ = await loop.run_in_executor(self._thread, self._turn, operations)
@@ -171,7 +177,8 @@ class CoreLoop:
     async def _pause(self) -> None:
         """All work waits for blocks: look again when something happens, or soon."""
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._wake.wait(), _BLOCKED_SECONDS)
+            async with asyncio.timeout(_BLOCKED_SECONDS):
+                await self._wake.wait()
 
     def _turn(self, operations: list[Operation]) -> _Round:
         round_ = _Round()
@@ -211,10 +218,13 @@ class CoreLoop:
                 )
             )
         self._publish_tokens(step)
+        attempts = {token.request_id: token.attempt for token in step.tokens}
         for handoff in round_.offers:
-            self.on_offer(handoff)
+            # a newer attempt may have begun while this one was computed
+            if self.attempts.get(handoff.request_id) == attempts[handoff.request_id]:
+                self.on_offer(handoff)
         for failure in step.failed:
-            self.attempts.pop(failure.request_id, None)
+            self._forget(failure.request_id, failure.attempt)
             self._host.emit(
                 RequestFailed(
                     request_id=failure.request_id,
@@ -237,6 +247,6 @@ class CoreLoop:
                 StepToken(token.request_id, token.attempt, token.output, reason and reason.value)
             )
             if reason is not None:
-                self.attempts.pop(token.request_id, None)
+                self._forget(token.request_id, token.attempt)
         if tokens:
             self._host.emit(Tokens(tokens=tokens))

@@ -27,6 +27,7 @@ class _Lease:
     attempt: int
     deadline: float
     expires: float
+    pulled: bool = False
 
 
 class KVSource:
@@ -95,7 +96,7 @@ class KVSource:
         if lease is None or (lease.consumer, lease.attempt) != (sender, message.attempt):
             self._host.post(sender, KVGone(request_id=rid, attempt=message.attempt))
             return
-        lease.expires = self._clock() + LEASE_SECONDS
+        lease.expires, lease.pulled = self._clock() + LEASE_SECONDS, True
         self._loop.submit(lambda: self._export(rid, message.attempt, sender))
 
     def _export(self, rid: str, attempt: int, consumer: str) -> Callable[[], None] | None:
@@ -108,9 +109,11 @@ class KVSource:
 
     def _sent(self, sent: bool, rid: str) -> None:
         if not sent:
-            self._drop(rid, keep_attempt=True)
-            gone = UnavailableError("the decode worker cannot be reached")
-            self._loop.fail(rid, gone, retryable=True)
+            self._lost(rid, "the decode worker cannot be reached")
+
+    def _lost(self, rid: str, why: str) -> None:
+        self._drop(rid, keep_attempt=True)
+        self._loop.fail(rid, UnavailableError(why), retryable=True)
 
     def renew(self, sender: str, message: KVRenew, _: Sequence[Payload]) -> None:
         """Extend the leases a consumer still wants."""
@@ -153,5 +156,9 @@ class KVSource:
         """Give up leases that ran out; call about twice a second. `alive` tells live workers."""
         now = self._clock()
         for rid, lease in list(self._leases.items()):
-            if now >= lease.expires or now >= lease.deadline or not alive(lease.consumer):
+            expired = now >= lease.expires
+            if expired and not lease.pulled and alive(lease.consumer):
+                # whoever waits for room renews: the consumer does not know of the offer
+                self._lost(rid, "the decode worker did not take up the offer")
+            elif expired or now >= lease.deadline or not alive(lease.consumer):
                 self._drop(rid)
