@@ -5,39 +5,25 @@
 
 Scales are floored at 1e-12: a row of zeros, such as padding, has code 0 and not NaN.
 
-The kernel keeps a row in registers, so x is read once. Where fp32 cannot be cast to e4m3 (Triton's
-interpreter drops the carry and does not saturate) it encodes by integer arithmetic instead. For
-|x| >= 2^-6 the exponent is rebased by 120 and 20 mantissa bits are rounded away; below, adding
-1.5 * 2^23 to 512 |x| leaves the rounded subnormal in the low bits of the sum.
+The kernel keeps a row in registers, so x is read once (see `row_codes`).
 """
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
-from .launch import (
-    INTERPRETED,
-    jit,
-    next_power_of_2,
-    row_warps,
-    tl,
-)
+from .launch import gdc_launch_dependents, gdc_wait, jit, next_power_of_2, row_warps, tl
+from .row_codes import EightBitTarget, load_row, quantize_row
 
 __all__ = [
-    "EightBitTarget",
-    "e4m3_bits",
     "group_sums",
     "quantize_fp8",
     "quantize_fp8_ref",
     "quantize_int8",
     "quantize_int8_ref",
-    "quantize_row",
 ]
 
 _FLOOR = 1e-12
-_LARGEST = {torch.float8_e4m3fn: 448.0, torch.int8: 127.0}
 
 
 def quantize_fp8(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -102,50 +88,18 @@ def group_sums_triton(x: torch.Tensor, group_size: int, *, unit: float = 1.0) ->
 
 
 @jit
-def e4m3_bits(b_x: tl.tensor) -> tl.tensor:
-    """The byte of each fp32 in -448..448, by integer arithmetic."""
-    sign = (b_x.to(tl.uint32, bitcast=True) >> 24) & 0x80
-    b_abs = tl.abs(b_x)
-    bits = b_abs.to(tl.uint32, bitcast=True)
-    normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) >> 20) - 960
-    small = (b_abs * 512.0 + 12582912.0).to(tl.uint32, bitcast=True) & 15
-    return (tl.where(b_abs >= 0.015625, normal, small) | sign).to(tl.uint8)
-
-
-@jit
-def quantize_row(
-    b_x: tl.tensor, codes: tl.tensor, scales: tl.tensor, i_m: tl.tensor, o_k: tl.tensor,
-    m_k: tl.tensor, K: tl.constexpr, LARGEST: tl.constexpr, FLOOR: tl.constexpr,
-    ENCODE: tl.constexpr,
-) -> None:  # fmt: skip
-    """Store the codes and the scale of row `i_m`, fp32 in registers and 0 where masked.
-
-    `codes` is viewed as bytes where they are encoded by hand.
-    """
-    b_scale = tl.maximum(tl.div_rn(tl.max(tl.abs(b_x), axis=0), LARGEST), FLOOR)
-    tl.store(scales + i_m, b_scale)
-    b_x = tl.div_rn(b_x, b_scale + tl.zeros_like(b_x))
-    b_x = tl.minimum(tl.maximum(b_x, -LARGEST), LARGEST)
-    if ENCODE:
-        b_code = e4m3_bits(b_x)
-    elif LARGEST == 448.0:
-        b_code = b_x.to(codes.dtype.element_ty)
-    else:
-        b_code = (b_x + 12582912.0 - 12582912.0).to(tl.int8)  # half to even
-    tl.store(codes + i_m * K + o_k, b_code, mask=m_k)
-
-
-@jit
 def _quantize_kernel(
     x: tl.tensor, codes: tl.tensor, scales: tl.tensor, stride_x: tl.tensor, K: tl.constexpr,
     LARGEST: tl.constexpr, FLOOR: tl.constexpr, BLOCK_K: tl.constexpr, ENCODE: tl.constexpr,
+    EARLY: tl.constexpr,
 ) -> None:  # fmt: skip
     """One token per program."""
+    if EARLY:
+        gdc_wait()
+        gdc_launch_dependents()
     i_m = tl.program_id(0).to(tl.int64)
-    o_k = tl.arange(0, BLOCK_K)
-    m_k = o_k < K
-    b_x = tl.load(x + i_m * stride_x + o_k, mask=m_k, other=0.0).to(tl.float32)
-    quantize_row(b_x, codes, scales, i_m, o_k, m_k, K, LARGEST, FLOOR, ENCODE)
+    b_x = load_row(x + i_m * stride_x, K, BLOCK_K)
+    quantize_row(b_x, codes, scales, i_m, K, LARGEST, FLOOR, BLOCK_K, ENCODE)
 
 
 def quantize_fp8_triton(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -165,18 +119,3 @@ def _launch(x: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Te
         _quantize_kernel[(len(x),)](x, *target.pointers, x.stride(0), **target.options)
     return target.codes, target.scales
 
-
-class EightBitTarget:
-    """The outputs of a kernel that ends in `quantize_row`, and the arguments they imply."""
-
-    def __init__(self, rows: int, width: int, dtype: torch.dtype, device: torch.device) -> None:
-        encode = INTERPRETED and dtype == torch.float8_e4m3fn
-        held = torch.uint8 if encode else dtype
-        codes = torch.empty(rows, width, dtype=held, device=device)
-        self.codes = codes.view(dtype)
-        self.scales = torch.empty(rows, dtype=torch.float32, device=device)
-        self.pointers = (codes, self.scales)
-        self.options: dict[str, Any] = {
-            "K": width, "LARGEST": _LARGEST[dtype], "FLOOR": _FLOOR, "ENCODE": encode,
-            "BLOCK_K": next_power_of_2(width), "num_warps": row_warps(width),
-        }  # fmt: skip

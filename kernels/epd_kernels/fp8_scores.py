@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from .activations import e4m3_bits
 from .launch import INTERPRETED, attention_config, jit, next_power_of_2, tl
 from .paged_attention import visible_rows
+from .row_codes import e4m3_bits
 from .widened_kv import widen_kv
 
 if TYPE_CHECKING:

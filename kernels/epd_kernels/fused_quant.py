@@ -6,20 +6,36 @@
 Every rounding of the separate ops is kept, so that fusing changes no code; compiled, the sum of a
 norm may run in another order than the norm's own, which moves the last bit of some rows. Per token
 of width h in bf16 the first moves 7h bytes where add, norm and quantise apart move 13h or more.
+
+Few rows leave most of the device idle. Then several programs share a row of the product: each
+computes all of it, which is how it learns the scale without asking the others, and stores the codes
+of one chunk.
 """
 
 from __future__ import annotations
 
 import torch
 
-from .activations import (
-    EightBitTarget,
-    quantize_fp8_ref,
-    quantize_int8_ref,
-    quantize_row,
+from .activations import quantize_fp8_ref, quantize_int8_ref
+from .launch import (
+    device_facts,
+    gdc_launch_dependents,
+    gdc_wait,
+    jit,
+    next_power_of_2,
+    previous_power_of_2,
+    tl,
 )
-from .launch import jit, tl
 from .norm import add_rms_norm_ref, rms_norm_ref
+from .row_codes import (
+    EightBitTarget,
+    load_row,
+    no_chunks,
+    quantize_row,
+    row_peak,
+    row_scale,
+    store_codes,
+)
 from .silu_mul import silu_mul_ref
 
 __all__ = [
@@ -30,6 +46,7 @@ __all__ = [
 ]
 
 _QUANTIZE = {torch.float8_e4m3fn: quantize_fp8_ref, torch.int8: quantize_int8_ref}
+_MOST_PARTS, _SHARED_CHUNK = 8, 8192
 
 
 def add_rms_norm_quant(
@@ -76,36 +93,69 @@ def _norm_quant_kernel(
     x: tl.tensor, residual: tl.tensor, weight: tl.tensor, total: tl.tensor, codes: tl.tensor,
     scales: tl.tensor, stride_x: tl.tensor, stride_r: tl.tensor, eps: tl.tensor, K: tl.constexpr,
     LARGEST: tl.constexpr, FLOOR: tl.constexpr, BLOCK_K: tl.constexpr, ENCODE: tl.constexpr,
-    HAS_RESIDUAL: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr, EARLY: tl.constexpr,
 ) -> None:  # fmt: skip
     """One token per program."""
+    CHUNKS: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
     i_m = tl.program_id(0).to(tl.int64)
-    o_k = tl.arange(0, BLOCK_K)
-    m_k = o_k < K
-    b_x = tl.load(x + i_m * stride_x + o_k, mask=m_k, other=0.0)
+    # no kernel writes weights: these may travel while the kernel ahead drains
+    b_weight = load_row(weight, K, BLOCK_K)
+    if EARLY:
+        gdc_wait()
+        gdc_launch_dependents()
+    b_x = load_row(x + i_m * stride_x, K, BLOCK_K)
     if HAS_RESIDUAL:
-        b_x += tl.load(residual + i_m * stride_r + o_k, mask=m_k, other=0.0)
-        tl.store(total + i_m * K + o_k, b_x, mask=m_k)
-    b_wide = b_x.to(tl.float32)
-    b_unit = (b_wide * tl.rsqrt(tl.sum(b_wide * b_wide, axis=0) / K + eps)).to(b_x.dtype)
-    b_y = (tl.load(weight + o_k, mask=m_k, other=0.0) * b_unit).to(tl.float32)
-    quantize_row(b_y, codes, scales, i_m, o_k, m_k, K, LARGEST, FLOOR, ENCODE)
+        b_residual = load_row(residual + i_m * stride_r, K, BLOCK_K)
+        b_total = no_chunks()
+        for c in tl.static_range(CHUNKS):
+            o_k = c * BLOCK_K + tl.arange(0, BLOCK_K)
+            b_total += (b_x[c] + b_residual[c],)
+            tl.store(total + i_m * K + o_k, b_total[c], mask=o_k < K)
+        b_x = b_total
+    b_squares = tl.zeros((BLOCK_K,), tl.float32)
+    for c in tl.static_range(CHUNKS):
+        b_squares += b_x[c].to(tl.float32) * b_x[c].to(tl.float32)
+    b_factor = tl.rsqrt(tl.sum(b_squares, axis=0) / K + eps)
+    b_y = no_chunks()
+    for c in tl.static_range(CHUNKS):
+        b_y += (b_weight[c] * (b_x[c].to(tl.float32) * b_factor).to(b_x[c].dtype),)
+    quantize_row(b_y, codes, scales, i_m, K, LARGEST, FLOOR, BLOCK_K, ENCODE)
+
+
+@jit
+def _product(b_gate: tl.tensor, b_up: tl.tensor) -> tl.tensor:
+    """silu(gate) * up, rounded as the separate op rounds it."""
+    b_gate = b_gate.to(tl.float32)
+    return (b_gate / (1.0 + tl.exp(-b_gate))).to(b_up.dtype) * b_up
 
 
 @jit
 def _silu_quant_kernel(
     gate_up: tl.tensor, codes: tl.tensor, scales: tl.tensor, stride_x: tl.tensor, K: tl.constexpr,
     LARGEST: tl.constexpr, FLOOR: tl.constexpr, BLOCK_K: tl.constexpr, ENCODE: tl.constexpr,
+    EARLY: tl.constexpr, PART: tl.constexpr,
 ) -> None:  # fmt: skip
-    """One token per program; K is the width of the product."""
+    """One token per program, or with PART so many of its codes; K is the product's width."""
+    if EARLY:
+        gdc_wait()
+        gdc_launch_dependents()
     i_m = tl.program_id(0).to(tl.int64)
-    o_k = tl.arange(0, BLOCK_K)
-    m_k = o_k < K
-    p_gate = gate_up + i_m * stride_x + o_k
-    b_gate = tl.load(p_gate, mask=m_k, other=0.0).to(tl.float32)
-    b_up = tl.load(p_gate + K, mask=m_k, other=0.0)
-    b_y = (b_gate / (1.0 + tl.exp(-b_gate))).to(b_up.dtype) * b_up
-    quantize_row(b_y.to(tl.float32), codes, scales, i_m, o_k, m_k, K, LARGEST, FLOOR, ENCODE)
+    p_gate = gate_up + i_m * stride_x
+    b_gate, b_up = load_row(p_gate, K, BLOCK_K), load_row(p_gate + K, K, BLOCK_K)
+    if PART:
+        o_k = tl.program_id(1) * PART + tl.arange(0, PART)
+        b_own = tl.load(p_gate + o_k, mask=o_k < K, other=0.0)
+        b_own_up = tl.load(p_gate + K + o_k, mask=o_k < K, other=0.0)
+    b_y = no_chunks()
+    for c in tl.static_range((K + BLOCK_K - 1) // BLOCK_K):
+        b_y += (_product(b_gate[c], b_up[c]),)
+    if PART:
+        b_scale = row_scale(row_peak(b_y, K, BLOCK_K), LARGEST, FLOOR)
+        tl.store(scales + i_m, b_scale)  # the same number from every part
+        b_own = _product(b_own, b_own_up)
+        store_codes(b_own, b_scale, codes + i_m * K + o_k, o_k < K, LARGEST, ENCODE)
+    else:
+        quantize_row(b_y, codes, scales, i_m, K, LARGEST, FLOOR, BLOCK_K, ENCODE)
 
 
 def add_rms_norm_quant_triton(
@@ -134,9 +184,20 @@ def silu_mul_quant_triton(
     """`silu_mul_quant` on the device of `gate_up`."""
     tokens, width = gate_up.shape[0], gate_up.shape[1] // 2
     assert gate_up.shape[1] % 2 == 0 and gate_up.stride(1) == 1
-    target = EightBitTarget(tokens, width, dtype, gate_up.device)
+    part = _part(tokens, width, gate_up.device)
+    chunk = _SHARED_CHUNK if part else None
+    target = EightBitTarget(tokens, width, dtype, gate_up.device, chunk=chunk)
     if tokens:
-        _silu_quant_kernel[(tokens,)](
-            gate_up, *target.pointers, gate_up.stride(0), **target.options
+        _silu_quant_kernel[tokens, -(-width // part) if part else 1](
+            gate_up, *target.pointers, gate_up.stride(0), PART=part, **target.options
         )
     return target.codes, target.scales
+
+
+def _part(tokens: int, width: int, device: torch.device) -> int:
+    """Codes of a row that one program stores where several share it, 0 where none do.
+
+    Every part has a multiprocessor to itself: it does as much work as for a row.
+    """
+    parts = previous_power_of_2(min(device_facts(device).num_sms // max(tokens, 1), _MOST_PARTS))
+    return next_power_of_2(width) // parts if 1 < parts <= width else 0

@@ -16,11 +16,11 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .activations import e4m3_bits
 from .kv_codes import INT4_FLOOR, KVFormat, QuantKV, quantize_kv
 from .launch import INTERPRETED, jit, next_power_of_2, row_warps, tl
 from .norm import rms_norm_ref
 from .rope import apply_rope_ref
+from .row_codes import e4m3_bits
 
 __all__ = ["HeadNorms", "rope_store_kv", "rope_store_kv_ref"]
 

@@ -17,10 +17,10 @@ from __future__ import annotations
 
 import torch
 
-from .activations import e4m3_bits
 from .errors import FormatError
 from .launch import INTERPRETED, constant, jit, tl
 from .packing import TILE_K, Format, PackedWeight
+from .row_codes import e4m3_bits
 from .w4_gemm import padded
 
 __all__ = ["dequantize_fp8", "dequantize_fp8_ref", "fp8_row_scales", "w4a8_fp8_large",

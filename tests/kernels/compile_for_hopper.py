@@ -113,15 +113,21 @@ def quantisers() -> dict[str, dict[str, Any]]:
     for dtype, largest in (("fp8e4nv", 448.0), ("i8", 127.0)):
         types = {"codes": f"*{dtype}", "scales": "*fp32", "eps": "fp32"}
         types |= dict.fromkeys(("x", "residual", "weight", "total", "gate_up"), "*bf16")
-        eight = {"K": 4096, "LARGEST": largest, "FLOOR": 1e-12, "BLOCK_K": 4096, "ENCODE": False}
-        for name, kernel, extra in (
-            ("plain", activations._quantize_kernel, {}),
-            ("norm", fused._norm_quant_kernel, {"HAS_RESIDUAL": True}),
-            ("silu", fused._silu_quant_kernel, {}),
+        eight = {"LARGEST": largest, "FLOOR": 1e-12, "ENCODE": False, "EARLY": True}
+        row = {"K": 4096, "BLOCK_K": 2048}
+        inner = {"K": 14336, "BLOCK_K": 2048, "PART": 0}
+        shared = {**inner, "BLOCK_K": 8192, "PART": 2048}
+        for name, kernel, fixed, warps in (
+            ("plain", activations._quantize_kernel, row, 8),
+            ("norm", fused._norm_quant_kernel, {**row, "HAS_RESIDUAL": True}, 8),
+            ("silu", fused._silu_quant_kernel, inner, 8),
+            ("silu-shared", fused._silu_quant_kernel, shared, 32),
         ):
-            found[f"quantize-{name}-{dtype}"] = describe(
-                build(kernel, types, {**eight, **extra}, 8, 3)
-            )
+            built = build(kernel, types, {**eight, **fixed}, warps, 3)
+            found[f"quantize-{name}-{dtype}"] = describe(built) | {
+                "divisions": len(re.findall(r"\bFCHK\b", built.asm["sass"])),
+                "waits": len(re.findall(r"griddepcontrol\.wait", built.asm["ptx"])),
+            }
     return found
 
 
@@ -146,7 +152,7 @@ def selection() -> dict[str, dict[str, Any]]:
         for counting in (True, False)
     }  # fmt: skip
     types = {**floats("inverse", "out"), "x": "*bf16"}
-    found["cosines"] = build(cosines._cosine_kernel, types, {**tile, "POWER": 4}, 4, 3)
+    found["cosines"] = build(cosines._cosine_kernel, types, tile, 4, 3)
     found["norms"] = build(
         graph._norm_kernel, {"x": "*bf16", "inverse": "*fp32"}, {"BLOCK_D": 1024}, 4, 3
     )
@@ -154,8 +160,7 @@ def selection() -> dict[str, dict[str, Any]]:
     found["threshold"] = build(graph._threshold_kernel, types, {"BINS": 2048}, 4, 3)
     types = floats("sums", "tau", "score")
     types |= dict.fromkeys(("compared", "min_degree", "gamma"), "fp32")
-    score = {"SIDE": 0, "SIDES": 1, "BLOCK": 64}
-    found["score"] = build(graph._score_kernel, types, score, 2, 3)
+    found["score"] = build(graph._score_kernel, types, {"BLOCK": 64}, 2, 3)
     for kind in ("fp32", "i64"):
         types = {"x": f"*{kind}", "values": f"*{kind}", "indices": "*i64"}
         fixed = {"LARGEST": False, "FLOATING": kind == "fp32", "BLOCK": 32, "BLOCK_J": 128}
@@ -164,12 +169,12 @@ def selection() -> dict[str, dict[str, Any]]:
     fixed = {"BLOCK": 8, "BLOCK_C": 512}
     found["to-query"] = build(relevance._cosine_to_query_kernel, types, fixed, 4, 3)
     types = {**floats("raw", "out"), "weight": "fp32"}
-    found["shape"] = build(relevance._shape_kernel, types, {"FORM": "exp", "BLOCK": 256}, 2, 3)
+    found["shape"] = build(relevance._shape_kernel, types, {"BLOCK": 1024}, 8, 3)
     types = {**floats("similarity", "relevance", "factors", "gains"), "indices": "*i64",
              "eps": "fp32"}  # fmt: skip
     for size in (231, 576, 1152, 2880):
-        rows, warps = dpp.dpp_config(size)
-        fixed = {"BLOCK_N": launch.next_power_of_2(size), "BLOCK_T": rows}
+        block, rows, warps = dpp.dpp_config(size)
+        fixed = {"BLOCK_N": block, "BLOCK_T": rows}
         found[f"dpp-{size}"] = build(dpp._greedy_dpp_kernel, types, fixed, warps, 3)
     return {name: describe(built) for name, built in found.items()}
 

@@ -34,3 +34,11 @@ def test_decode_runs_on_tensor_cores(compiled, dtype):
 )
 def test_similarities_run_on_wgmma(compiled, name):
     assert compiled[name]["wgmma"] and not compiled[name]["mma"]
+
+
+@pytest.mark.parametrize("dtype", ["fp8e4nv", "i8"])
+@pytest.mark.parametrize("name", ["plain", "norm", "silu", "silu-shared"])
+def test_a_row_is_divided_by_its_reciprocal(name, dtype, compiled):
+    """Divisions proper are those of the scale and of its reciprocal, not one per number."""
+    result = compiled[f"quantize-{name}-{dtype}"]
+    assert result["divisions"] <= 2 and result["waits"] == 1
