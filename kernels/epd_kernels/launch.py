@@ -32,10 +32,14 @@ __all__ = ["INTERPRETED", "AttentionConfig", "DeviceFacts", "GemmConfig", "atten
            "gemm_config", "jit", "next_power_of_2", "previous_power_of_2", "read_launches",
            "row_warps", "tl", "triton", "tuned_launch", "tuned_name"]  # fmt: skip
 
-_VARYING = {"M", "least_queries", "num_keys", "num_queries", "num_splits", "num_weights"}
+_VARYING = {"M", "least_queries", "num_keys", "num_queries", "num_splits", "num_weights",
+            "num_whole"}  # fmt: skip
 _MIN_SPLIT = 128  # positions per warp; a shorter split costs more in merging than it gains
 _SPLITS = sorted({1 << n for n in range(11)} | {3 << n for n in range(9)})
 _TUNED = Path(__file__).with_name("tuned")
+# what images, questions and budgets decide, in the kernels that choose vision tokens
+_VARYING |= {"form", "num_columns", "num_kept", "num_rows", "num_sides", "num_tiles", "num_tokens",
+             "power", "side"}  # fmt: skip
 INTERPRETED = triton is not None and bool(triton.knobs.runtime.interpret)
 
 
@@ -157,9 +161,10 @@ class GemmConfig:
     of it has drained, and the one behind it once its own loop is done (compute capability 9.0 and
     later). `unroll` steps of 128 input features share a trip of the loop where it divides their
     count; each stage then holds as many. With `turned` each tile of rows begins its span of K one
-    trip further on, so that not all of them ask for the same activations at once. A launch of one
-    warp is one of `w4_few`: tiles of 16 rows by eight tokens, and stages that count the steps
-    weights travel ahead.
+    trip further on, so that not all of them ask for the same activations at once. With `cut` only
+    the tiles beyond whole rounds of all multiprocessors are split, each into at most `splits`
+    spans. A launch of one warp is one of `w4_few`: tiles of 16 rows by eight tokens, and stages
+    that count the steps weights travel ahead.
     """
 
     block_n: int
@@ -171,6 +176,7 @@ class GemmConfig:
     early: bool = False
     unroll: int = 1
     turned: bool = False
+    cut: bool = False
 
     @property
     def options(self) -> dict[str, int | bool]:

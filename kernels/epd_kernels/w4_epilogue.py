@@ -9,7 +9,6 @@ separate addition would, so fusing it changes no bit.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING
@@ -17,36 +16,59 @@ from typing import TYPE_CHECKING
 import torch
 
 from .errors import FormatError
-from .launch import gdc_launch_dependents, jit, tl
+from .launch import device_facts, gdc_launch_dependents, jit, tl
 
 if TYPE_CHECKING:
     from .launch import GemmConfig
 
-__all__ = ["Spans", "finish", "residual_stride"]
+__all__ = ["Spans", "even_pieces", "finish", "placed", "residual_stride"]
 
 _MOST_BLOCKS = 4096
 
 
 @jit
-def _gathered(
-    b_acc: tl.tensor, partial: tl.tensor, arrivals: tl.tensor, num_splits: tl.tensor,
+def placed(
+    M: tl.tensor, N: tl.tensor, num_whole: tl.tensor, num_splits: tl.tensor, SPLIT: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor, tl.tensor]:  # fmt: skip
+    """(its number among split blocks, its token and row block, span, spans) of this program.
+
+    The first `num_whole` blocks have one span; then come the first spans of all others, and so on.
+    Blocks of the same rows follow one another.
+    """
+    i_block = tl.program_id(0)
+    i_rest, i_split, spans = 0, 0, 1
+    blocks_m = tl.cdiv(M, BLOCK_M)
+    if SPLIT:
+        num_rest = blocks_m * tl.cdiv(N, BLOCK_N) - num_whole
+        spans = tl.where(i_block < num_whole, 1, num_splits)
+        i_split = tl.maximum(i_block - num_whole, 0) // num_rest
+        i_block -= i_split * num_rest
+        i_rest = i_block - num_whole
+    return i_rest, i_block % blocks_m, i_block // blocks_m, i_split, spans
+
+
+@jit
+def _gathered(
+    b_acc: tl.tensor, partial: tl.tensor, arrivals: tl.tensor, i_rest: tl.tensor,
+    i_split: tl.tensor, spans: tl.tensor, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
 ) -> tl.tensor:  # fmt: skip
     """(whether all spans have arrived, their sum) after leaving `b_acc` in the workspace.
 
     The last to arrive adds all spans in order: the sum does not depend on who it is.
     """
-    i_block = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
-    o_block = tl.arange(0, BLOCK_N)[:, None] * BLOCK_M + tl.arange(0, BLOCK_M)[None, :]
-    p_block = partial + i_block.to(tl.int64) * num_splits * (BLOCK_N * BLOCK_M) + o_block
-    tl.store(p_block + tl.program_id(2) * (BLOCK_N * BLOCK_M), b_acc)
-    tl.debug_barrier()
-    done = tl.atomic_add(arrivals + i_block, 1, sem="acq_rel") == num_splits - 1
-    if done:
-        b_acc = tl.zeros((BLOCK_N, BLOCK_M), b_acc.dtype)
-        for i in range(num_splits):
-            b_acc += tl.load(p_block + i * (BLOCK_N * BLOCK_M), cache_modifier=".cg")
-        tl.store(arrivals + i_block, 0)
+    done = spans == 1
+    if spans > 1:
+        o_block = tl.arange(0, BLOCK_N)[:, None] * BLOCK_M + tl.arange(0, BLOCK_M)[None, :]
+        p_block = partial + i_rest.to(tl.int64) * spans * (BLOCK_N * BLOCK_M) + o_block
+        tl.store(p_block + i_split * (BLOCK_N * BLOCK_M), b_acc)
+        tl.debug_barrier()
+        done = tl.atomic_add(arrivals + i_rest, 1, sem="acq_rel") == spans - 1
+        if done:
+            b_acc = tl.zeros((BLOCK_N, BLOCK_M), b_acc.dtype)
+            for i in range(spans):
+                b_acc += tl.load(p_block + i * (BLOCK_N * BLOCK_M), cache_modifier=".cg")
+            tl.store(arrivals + i_rest, 0)
     return done, b_acc
 
 
@@ -54,20 +76,20 @@ def _gathered(
 def finish(
     b_acc: tl.tensor, row_scales: tl.tensor, x_scales: tl.tensor, bias: tl.tensor,
     residual: tl.tensor, out: tl.tensor, partial: tl.tensor, arrivals: tl.tensor, o_m: tl.tensor,
-    o_n: tl.tensor, M: tl.tensor, N: tl.tensor, num_splits: tl.tensor, stride_r: tl.tensor,
-    unit: tl.tensor, SPLIT: tl.constexpr, ROWWISE: tl.constexpr, EARLY: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
+    o_n: tl.tensor, M: tl.tensor, N: tl.tensor, i_rest: tl.tensor, i_split: tl.tensor,
+    spans: tl.tensor, stride_r: tl.tensor, unit: tl.tensor, SPLIT: tl.constexpr,
+    ROWWISE: tl.constexpr, EARLY: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
 ) -> None:  # fmt: skip
     """Store a block of sums, BLOCK_N rows by BLOCK_M tokens, as `out [M, N]`.
 
-    `x_scales`, `bias` and `residual` may be None. With SPLIT the block is one span of K of
-    `num_splits`; with EARLY the kernel behind this one may start.
+    `x_scales`, `bias` and `residual` may be None. With SPLIT the block is one of `spans` spans of
+    K, as `placed` says; with EARLY the kernel behind this one may start.
     """
     if EARLY:
         gdc_launch_dependents()
     done = True
     if SPLIT:
-        done, b_acc = _gathered(b_acc, partial, arrivals, num_splits, BLOCK_N, BLOCK_M)
+        done, b_acc = _gathered(b_acc, partial, arrivals, i_rest, i_split, spans, BLOCK_N, BLOCK_M)
     if done:
         b_sum = b_acc.to(tl.float32)
         if ROWWISE:
@@ -90,15 +112,16 @@ def finish(
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Spans:
-    """How a GEMM's blocks and spans of K are launched, and where spans are left and counted."""
+    """How a GEMM's blocks and spans of K are launched, and where spans are left and counted.
 
-    grid: tuple[int, int, int]
+    The first `whole` blocks are of one span, the others of `count`.
+    """
+
+    programs: int
+    whole: int
+    count: int
     partial: torch.Tensor
     arrivals: torch.Tensor
-
-    @property
-    def count(self) -> int:
-        return self.grid[2]
 
     @staticmethod
     def of(
@@ -108,14 +131,26 @@ class Spans:
 
         More blocks than there are counters fill any device, and take one span.
         """
-        blocks = (-(-tokens // config.block_m), -(-features // config.block_n))
-        splits = config.splits if math.prod(blocks) <= _MOST_BLOCKS else 1
-        grid = (*blocks, splits)
-        if splits == 1:
-            return Spans(grid, out, out)  # neither is touched
-        size = math.prod(grid) * config.block_m * config.block_n
+        blocks = -(-tokens // config.block_m) * -(-features // config.block_n)
+        whole, splits = 0, config.splits
+        if config.cut:
+            sms = device_facts(out.device).num_sms
+            whole = blocks // sms * sms
+            splits = even_pieces(blocks - whole, sms, most=splits)
+        rest = blocks - whole
+        if splits == 1 or not 0 < rest <= _MOST_BLOCKS:
+            return Spans(blocks, 0, 1, out, out)  # neither is touched
+        size = rest * splits * config.block_m * config.block_n
         partial = torch.empty(size, dtype=held, device=out.device)
-        return Spans(grid, partial, _arrivals(out.device))
+        return Spans(whole + rest * splits, whole, splits, partial, _arrivals(out.device))
+
+
+def even_pieces(blocks: int, sms: int, *, most: int) -> int:
+    """Into how many equal pieces to cut `blocks` so that `sms` multiprocessors end together.
+
+    ceil(blocks * pieces / sms) / pieces is the time of the busiest one; of equals the fewest.
+    """
+    return min(range(1, most + 1), key=lambda n: (-(-blocks * n // sms) / n, n))
 
 
 @cache

@@ -30,8 +30,9 @@ from .launch import (
 )
 from .packing import TILE_K, Format, PackedWeight
 from .w4_dequant import dequantize_fp8_ref, fp8_row_scales, widened
-from .w4_epilogue import Spans, finish, residual_stride
+from .w4_epilogue import Spans, finish, placed, residual_stride
 from .w4_gemm import padded
+from .w4_operands import await_products, joined
 
 __all__ = ["FoldedScales", "fold_scales", "folds", "w4a8_fp8_folded", "w4a8_fp8_folded_ref"]
 
@@ -54,9 +55,6 @@ _TABLE = constant("""{
     cvt.rn.satfinite.e4m3x2.f16x2 high, q;
     mov.b32 $1, {low, high};
 }""")
-# A product reads the registers of its operand until it is waited for, and Triton 3.6 waits too late
-# where only the next product follows. A use of the sum makes it wait in time, for no instruction.
-_SETTLE = constant("mov.b32 $0, $1;")
 # $2 holds four packed bytes, $3 and $7 the table. The fourth bit of a permutation's selector would
 # copy a sign, so only the three bits of a magnitude may select; A and B come interleaved.
 _LOOK_UP = constant("""{
@@ -131,10 +129,10 @@ def w4a8_fp8_folded_ref(
 
 
 @jit
-def _operands(
+def _operand(
     b_q: tl.tensor, b_ratio: tl.tensor, USE_PTX: tl.constexpr, ENCODE: tl.constexpr
 ) -> tl.tensor:
-    """The two e4m3 operands of a block of SM7 bytes with a ratio, twice in a word, per row."""
+    """The e4m3 operand of a block of SM7 bytes with a ratio, twice in a word, per row."""
     if USE_PTX:
         b_low, b_high = tl.inline_asm_elementwise(
             _TABLE, "=r,=r,r", [b_ratio], dtype=(tl.int32, tl.int32), is_pure=True, pack=1
@@ -151,29 +149,35 @@ def _operands(
         b_r = tl.broadcast_to(b_r.to(tl.float16)[:, None], b_q.shape)
         b_a = widened(b_q & 0x87, b_r, 0.0, ENCODE)
         b_b = widened(((b_q >> 4) & 0x07) | ((b_q << 4) & 0x80), b_r, 0.0, ENCODE)
-    return b_a.to(tl.float8e4nv, bitcast=True), b_b.to(tl.float8e4nv, bitcast=True)
+    return joined(b_a.to(tl.float8e4nv, bitcast=True), b_b.to(tl.float8e4nv, bitcast=True))
 
 
 @jit
 def _folded_kernel(
     x: tl.tensor, data: tl.tensor, ratios: tl.tensor, row_scales: tl.tensor, x_scales: tl.tensor,
     bias: tl.tensor, residual: tl.tensor, out: tl.tensor, partial: tl.tensor, arrivals: tl.tensor,
-    M: tl.tensor, N: tl.tensor, num_splits: tl.tensor, stride_x: tl.tensor, stride_r: tl.tensor,
-    K: tl.constexpr, SPLIT: tl.constexpr, TILED: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_M: tl.constexpr, STAGES: tl.constexpr, USE_PTX: tl.constexpr, ENCODE: tl.constexpr,
-    EARLY: tl.constexpr, UNROLL: tl.constexpr,
+    M: tl.tensor, N: tl.tensor, num_whole: tl.tensor, num_splits: tl.tensor, stride_x: tl.tensor,
+    stride_r: tl.tensor, K: tl.constexpr, SPLIT: tl.constexpr, TILED: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, STAGES: tl.constexpr, USE_PTX: tl.constexpr,
+    ENCODE: tl.constexpr, EARLY: tl.constexpr, UNROLL: tl.constexpr,
 ) -> None:  # fmt: skip
-    """BLOCK_N weight rows by BLOCK_M tokens over one of `num_splits` spans of K."""
+    """BLOCK_N weight rows by BLOCK_M tokens over one span of K, as `placed` says.
+
+    UNROLL, one or two, steps of 128 inputs are one product, which the compiler cuts into pieces and
+    starts one by one while it decodes the operands of the next.
+    """
     TRIPS: tl.constexpr = K // 128 // UNROLL
     TILE: tl.constexpr = 4096 if TILED else 64
-    i_split = tl.program_id(2)
+    i_rest, i_m, i_n, i_split, spans = placed(
+        M, N, num_whole, num_splits, SPLIT, BLOCK_N, BLOCK_M
+    )  # fmt: skip
     first, last = 0, TRIPS
     if SPLIT:
-        first, last = TRIPS * i_split // num_splits, TRIPS * (i_split + 1) // num_splits
+        first, last = TRIPS * i_split // spans, TRIPS * (i_split + 1) // spans
     if EARLY:
         gdc_wait()
-    o_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    o_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    o_m = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
     o_j = tl.arange(0, 64)
     o_row = tl.minimum(o_n, N - 1)
     o_token = tl.minimum(o_m, M - 1).to(tl.int64)
@@ -182,24 +186,22 @@ def _folded_kernel(
     else:
         o_data = o_row.to(tl.int64) * (K // 2)
     p_data = data + o_data[:, None] + o_j[None, :]
-    p_x = x + o_token[None, :] * stride_x + o_j[:, None]
+    p_x = x + o_token[None, :] * stride_x + tl.arange(0, 128 * UNROLL)[:, None]
+    p_ratios = ratios + o_row
     b_acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     for i_trip in tl.range(first, last, num_stages=STAGES):
-        for i_step in tl.static_range(UNROLL):
-            i = i_trip * UNROLL + i_step
-            b_q = tl.load(p_data + i * TILE)
-            b_xa = tl.load(p_x + i * 128)
-            b_xb = tl.load(p_x + i * 128 + 64)
-            b_a, b_b = _operands(b_q, tl.load(ratios + i * N + o_row), USE_PTX, ENCODE)
-            b_acc = tl.dot(b_a, b_xa, b_acc)
-            b_acc = tl.dot(b_b, b_xb, b_acc)
-            if not ENCODE:
-                b_acc = tl.inline_asm_elementwise(
-                    _SETTLE, "=f,f", [b_acc], dtype=tl.float32, is_pure=True, pack=1
-                )
+        i = i_trip * UNROLL
+        b_x = tl.load(p_x + i * 128)
+        b_w = _operand(tl.load(p_data + i * TILE), tl.load(p_ratios + i * N), USE_PTX, ENCODE)
+        if UNROLL == 2:
+            b_next = tl.load(p_data + (i + 1) * TILE)
+            b_next = _operand(b_next, tl.load(p_ratios + (i + 1) * N), USE_PTX, ENCODE)
+            b_w = joined(b_w, b_next)
+        b_acc = tl.dot(b_w, b_x, b_acc)
+        await_products(i, not ENCODE)
     finish(
         b_acc, row_scales, x_scales, bias, residual, out, partial, arrivals, o_m, o_n, M, N,
-        num_splits, stride_r, 1.0, SPLIT, True, EARLY, BLOCK_N, BLOCK_M,
+        i_rest, i_split, spans, stride_r, 1.0, SPLIT, True, EARLY, BLOCK_N, BLOCK_M,
     )  # fmt: skip
 
 
@@ -224,12 +226,12 @@ def w4a8_fp8_folded_triton(
         scheme="w4a8-fp8-folded" + "-tiled" * tiled,
     )  # fmt: skip
     spans = Spans.of(config, tokens, features, torch.float32, out)
-    _folded_kernel[spans.grid](
+    _folded_kernel[(spans.programs,)](
         x, weight.data, folded.ratios, folded.rows, x_scales, bias, residual, out, spans.partial,
-        spans.arrivals, tokens, features, spans.count, x.stride(0), residual_stride(residual, out),
-        K=width, SPLIT=spans.count > 1, TILED=tiled, BLOCK_N=config.block_n,
-        BLOCK_M=config.block_m, STAGES=config.num_stages, USE_PTX=config.use_ptx,
-        ENCODE=INTERPRETED, EARLY=config.early,
+        spans.arrivals, tokens, features, spans.whole, spans.count, x.stride(0),
+        residual_stride(residual, out), K=width, SPLIT=spans.count > 1, TILED=tiled,
+        BLOCK_N=config.block_n, BLOCK_M=config.block_m, STAGES=config.num_stages,
+        USE_PTX=config.use_ptx, ENCODE=INTERPRETED, EARLY=config.early,
         UNROLL=config.unroll if width // TILE_K % config.unroll == 0 else 1,
         **config.options,
     )  # fmt: skip

@@ -34,9 +34,9 @@ from .launch import (
     tl,
 )
 from .packing import TILE_K, Format, PackedWeight
-from .w4_epilogue import Spans, finish, residual_stride
+from .w4_epilogue import Spans, finish, placed, residual_stride
 from .w4_few import takes_few, w4_few_triton
-from .w4_operands import operands
+from .w4_operands import await_products, operands, wide_operand
 
 __all__ = ["padded", "w4_gemm", "w4_gemm_ref"]
 
@@ -107,18 +107,20 @@ def _scaled(
 def _w4_gemm_kernel(
     x: tl.tensor, data: tl.tensor, scales: tl.tensor, zeros: tl.tensor, sums: tl.tensor,
     x_scales: tl.tensor, bias: tl.tensor, residual: tl.tensor, out: tl.tensor, partial: tl.tensor,
-    arrivals: tl.tensor, M: tl.tensor, N: tl.tensor, num_splits: tl.tensor, stride_x: tl.tensor,
-    stride_r: tl.tensor, unit: tl.tensor, K: tl.constexpr, GROUP: tl.constexpr,
-    FORMAT: tl.constexpr, SPLIT: tl.constexpr, TILED: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_J: tl.constexpr, STAGES: tl.constexpr, USE_PTX: tl.constexpr,
-    ZEROS: tl.constexpr, EARLY: tl.constexpr, UNROLL: tl.constexpr, TURNED: tl.constexpr,
+    arrivals: tl.tensor, M: tl.tensor, N: tl.tensor, num_whole: tl.tensor, num_splits: tl.tensor,
+    stride_x: tl.tensor, stride_r: tl.tensor, unit: tl.tensor, K: tl.constexpr,
+    GROUP: tl.constexpr, FORMAT: tl.constexpr, SPLIT: tl.constexpr, TILED: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_J: tl.constexpr, STAGES: tl.constexpr,
+    USE_PTX: tl.constexpr, ZEROS: tl.constexpr, EARLY: tl.constexpr, UNROLL: tl.constexpr,
+    TURNED: tl.constexpr,
 ) -> None:  # fmt: skip
-    """BLOCK_N weight rows by BLOCK_M tokens over one of `num_splits` spans of K.
+    """BLOCK_N weight rows by BLOCK_M tokens over one span of K, as `placed` says.
 
     BLOCK_J bytes of a row are taken at once: inputs k .. k + BLOCK_J, and as many 64 further on.
-    UNROLL such steps share a trip of the loop, and its barriers. Rows and tokens past the end
-    repeat the last one and are not stored. STAGES is said to the loop and not only to the launch,
-    so that the scales travel ahead of their use as the weights do.
+    UNROLL such steps share a trip of the loop, and its barriers; where nothing is promoted in
+    between they are one product. Rows and tokens past the end repeat the last one and are not
+    stored. STAGES is said to the loop and not only to the launch, so that the scales travel ahead
+    of their use as the weights do.
     """
     STEPS: tl.constexpr = K // (2 * BLOCK_J)
     PER_TILE: tl.constexpr = 64 // BLOCK_J
@@ -128,15 +130,20 @@ def _w4_gemm_kernel(
     SUM: tl.constexpr = tl.int32 if FORMAT == "hi4" else tl.float32
     HELD: tl.constexpr = SUM if ROWWISE else tl.float32
     TILE: tl.constexpr = 4096 if TILED else 64
-    i_split = tl.program_id(2)
+    JOINED: tl.constexpr = x.dtype.element_ty.primitive_bitwidth == 8 and GROUP >= 128
+    BARE: tl.constexpr = ROWWISE and FORMAT == "hi4" and JOINED
+    WIDTH: tl.constexpr = BLOCK_J if not JOINED else (128 * UNROLL if BARE else 128)
     TRIPS: tl.constexpr = STEPS // UNROLL
+    i_rest, i_m, i_n, i_split, spans = placed(
+        M, N, num_whole, num_splits, SPLIT, BLOCK_N, BLOCK_M
+    )  # fmt: skip
     first, last = 0, TRIPS
     if SPLIT:
-        first, last = TRIPS * i_split // num_splits, TRIPS * (i_split + 1) // num_splits
+        first, last = TRIPS * i_split // spans, TRIPS * (i_split + 1) // spans
     if EARLY:
         gdc_wait()
-    o_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    o_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    o_m = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
     o_j = tl.arange(0, BLOCK_J)
     o_row = tl.minimum(o_n, N - 1)
     o_token = tl.minimum(o_m, M - 1).to(tl.int64)
@@ -145,25 +152,32 @@ def _w4_gemm_kernel(
     else:
         o_data = o_row.to(tl.int64) * (K // 2)
     p_data = data + o_data[:, None] + o_j[None, :]
-    p_x = x + o_token[None, :] * stride_x + o_j[:, None]
+    p_x = x + o_token[None, :] * stride_x + tl.arange(0, WIDTH)[:, None]
     p_sums = sums + o_token * (K // SPAN)
     b_acc = tl.zeros((BLOCK_N, BLOCK_M), HELD)
     for i_trip in tl.range(first, last, num_stages=STAGES):
         if TURNED:
-            i_trip += tl.program_id(1) % (last - first)
+            i_trip += i_n % (last - first)
             i_trip = tl.where(i_trip < last, i_trip, i_trip - (last - first))
-        for i_step in tl.static_range(UNROLL):
+        if BARE:
+            b_x = tl.load(p_x + i_trip * WIDTH)
+            b_w = wide_operand(
+                p_data, i_trip * UNROLL, TILE, UNROLL, FORMAT, x.dtype.element_ty, USE_PTX
+            )
+            b_acc = tl.dot(b_w, b_x, b_acc, out_dtype=SUM)
+            await_products(i_trip, USE_PTX)
+        for i_step in tl.static_range(0 if BARE else UNROLL):
             i = i_trip * UNROLL + i_step
             i_tile, j = i // PER_TILE, (i % PER_TILE) * BLOCK_J
             k = i_tile * 128 + j
-            b_q = tl.load(p_data + i_tile * TILE + j)
-            b_xa = tl.load(p_x + k)
-            b_xb = tl.load(p_x + k + 64)
-            b_a, b_b = operands(b_q, FORMAT, x.dtype.element_ty, USE_PTX)
-            if ROWWISE and FORMAT == "hi4":
-                b_acc = tl.dot(b_a, b_xa, b_acc, out_dtype=SUM)
-                b_acc = tl.dot(b_b, b_xb, b_acc, out_dtype=SUM)
+            if JOINED:
+                b_w = wide_operand(p_data, i, TILE, 1, FORMAT, x.dtype.element_ty, USE_PTX)
+                b_p = tl.dot(b_w, tl.load(p_x + k), out_dtype=SUM)
             else:
+                b_q = tl.load(p_data + i_tile * TILE + j)
+                b_xa = tl.load(p_x + k)
+                b_xb = tl.load(p_x + k + 64)
+                b_a, b_b = operands(b_q, FORMAT, x.dtype.element_ty, USE_PTX)
                 b_p = tl.dot(b_a, b_xa, input_precision="ieee", out_dtype=SUM)
                 if GROUP < 128:
                     b_acc += _scaled(
@@ -173,15 +187,15 @@ def _w4_gemm_kernel(
                     b_p = tl.dot(b_b, b_xb, input_precision="ieee", out_dtype=SUM)
                 else:
                     b_p = tl.dot(b_b, b_xb, b_p, input_precision="ieee", out_dtype=SUM)
-                if ROWWISE:
-                    b_acc += b_p
-                else:
-                    b_acc += _scaled(
-                        b_p, scales, zeros, p_sums + k // SPAN, k // GROUP, o_row, N, ZEROS, CENTRE
-                    )
+            if ROWWISE:
+                b_acc += b_p
+            else:
+                b_acc += _scaled(
+                    b_p, scales, zeros, p_sums + k // SPAN, k // GROUP, o_row, N, ZEROS, CENTRE
+                )
     finish(
         b_acc, scales, x_scales, bias, residual, out, partial, arrivals, o_m, o_n, M, N,
-        num_splits, stride_r, unit, SPLIT, ROWWISE, EARLY, BLOCK_N, BLOCK_M,
+        i_rest, i_split, spans, stride_r, unit, SPLIT, ROWWISE, EARLY, BLOCK_N, BLOCK_M,
     )  # fmt: skip
 
 
@@ -215,11 +229,12 @@ def w4_gemm_triton(
     held = torch.int32 if rowwise and weight.format is Format.HI4 else torch.float32
     spans = Spans.of(config, tokens, features, held, out)
     tiled = weight.data.ndim == 4
-    _w4_gemm_kernel[spans.grid](
+    _w4_gemm_kernel[(spans.programs,)](
         x, weight.data, weight.scales, zeros, sums, x_scales, bias, residual, out, spans.partial,
-        spans.arrivals, tokens, features, spans.count, x.stride(0), residual_stride(residual, out),
-        unit, K=width, GROUP=group, FORMAT=weight.format.value, SPLIT=spans.count > 1, TILED=tiled,
-        BLOCK_N=config.block_n, BLOCK_M=config.block_m, BLOCK_J=min(group, TILE_K // 2),
+        spans.arrivals, tokens, features, spans.whole, spans.count, x.stride(0),
+        residual_stride(residual, out), unit, K=width, GROUP=group, FORMAT=weight.format.value,
+        SPLIT=spans.count > 1, TILED=tiled, BLOCK_N=config.block_n, BLOCK_M=config.block_m,
+        BLOCK_J=min(group, TILE_K // 2),
         STAGES=config.num_stages, USE_PTX=config.use_ptx and x.element_size() <= 2, ZEROS=shifted,
         EARLY=config.early, UNROLL=config.unroll if steps % config.unroll == 0 else 1,
         TURNED=config.turned, **config.options,

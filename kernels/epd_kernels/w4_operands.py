@@ -10,7 +10,7 @@ from typing import Any
 
 from .launch import constant, jit, tl
 
-__all__ = ["operands"]
+__all__ = ["await_products", "joined", "operands", "wide_operand"]
 
 # $2 holds four packed bytes; $0 and $1 receive their A and B operands
 _U4_PTX = constant("""
@@ -58,6 +58,8 @@ _SM7_PTX = constant("""{
     or.b32 $1, magnitude, sign;
 }""")
 
+_WAIT = constant("wgmma.wait_group.sync.aligned 0; // $0 $1")
+
 
 @jit
 def operands(
@@ -98,3 +100,36 @@ def operands(
     if bits == 8:
         b_a, b_b = b_a.to(dtype, bitcast=True), b_b.to(dtype, bitcast=True)
     return b_a, b_b
+
+
+@jit
+def joined(b_left: tl.tensor, b_right: tl.tensor) -> tl.tensor:
+    """The columns of `b_left`, then those of `b_right`: one operand, and no register moves."""
+    ROWS: tl.constexpr = b_left.shape[0]
+    COLUMNS: tl.constexpr = 2 * b_left.shape[1]
+    return tl.reshape(tl.permute(tl.join(b_left, b_right), (0, 2, 1)), (ROWS, COLUMNS))
+
+
+@jit
+def wide_operand(
+    p_data: tl.tensor, i: tl.tensor, TILE: tl.constexpr, STEPS: tl.constexpr, FORMAT: tl.constexpr,
+    dtype: tl.constexpr, USE_PTX: tl.constexpr,
+) -> tl.tensor:  # fmt: skip
+    """The operand `[rows, 128 STEPS]` of one or two tiles of bytes from tile `i` on."""
+    b_a, b_b = operands(tl.load(p_data + i * TILE), FORMAT, dtype, USE_PTX)
+    b_w = joined(b_a, b_b)
+    if STEPS == 2:
+        b_a, b_b = operands(tl.load(p_data + (i + 1) * TILE), FORMAT, dtype, USE_PTX)
+        b_w = joined(b_w, joined(b_a, b_b))
+    return b_w
+
+
+@jit
+def await_products(i: tl.tensor, COMPILED: tl.constexpr) -> None:
+    """Wait for all products under way, before the registers they read are decoded anew.
+
+    A product whose left operand lies in registers reads them until it is waited for. Triton 3.6
+    lets one whose sum only the next trip of the loop uses run on into that trip.
+    """
+    if COMPILED:
+        tl.inline_asm_elementwise(_WAIT, "=r,r", [i], dtype=tl.int32, is_pure=False, pack=1)

@@ -30,7 +30,10 @@ SCHEMES = {
     "hi4-int8-row": ("hi4", "i8", WIDTH),
 }
 FEW = (("hi4-int8-row", 4), ("hi4-int8-row", 8), ("hi4-int8", 4))
-FOLDED = ((128, 64, 4, 4), (64, 64, 4, 4), (128, 128, 4, 4), (256, 128, 8, 4))
+FOLDED = (
+    (128, 64, 4, 4, 1), (64, 64, 4, 4, 1), (128, 128, 4, 4, 1), (256, 128, 8, 4, 1),
+    (128, 64, 4, 3, 2), (64, 64, 4, 3, 2), (64, 128, 4, 3, 2), (128, 128, 8, 3, 2),
+)  # fmt: skip
 
 
 def widening(code: str) -> dict[str, Any]:
@@ -119,11 +122,14 @@ def all_gemms() -> dict[str, dict[str, Any]]:
     found["twice-row"] = product_of("hi4-int8-row", replace(twice, splits=2), tiled=True)
     turned = GemmConfig(64, 16, 1, 4, 5, early=True, turned=True)
     found["turned"] = product_of("sm7-fp8", turned, tiled=True)
+    cut = GemmConfig(128, 64, 3, 4, 3, early=True, unroll=2, cut=True)
+    found["cut"] = folded_product(cut)
+    found["cut-row"] = product_of("hi4-int8-row", cut, tiled=True)
     split = GemmConfig(128, 16, 4, 4, 4, early=True)
     found["split-early"] = product_of("sm7-fp8", split, tiled=True)
-    for block_n, tokens, warps, stages in FOLDED:
-        config = GemmConfig(block_n, tokens, 1, warps, stages)
-        found[f"folded-{block_n}x{tokens}"] = folded_product(config)
+    for block_n, tokens, warps, stages, steps in FOLDED:
+        config = GemmConfig(block_n, tokens, 1, warps, stages, unroll=steps)
+        found[f"folded-{block_n}x{tokens}x{128 * steps}"] = folded_product(config)
     for scheme, ahead in FEW:
         config = GemmConfig(16, 8, 1, 1, ahead, early=True)
         found[f"few-{scheme}-{ahead}"] = few_product(scheme, config)

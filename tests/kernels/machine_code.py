@@ -30,20 +30,26 @@ def overwritten_operands(sass: str) -> list[str]:
     """Instructions of the loop that write a register which a product in flight still reads.
 
     A product whose left operand lies in registers reads them until it is waited for; some versions
-    of the compiler let it run into the next trip of the loop, where they are decoded anew.
+    of the compiler let it run into the next trip of the loop, where they are decoded anew. A wait
+    for "at most n" groups of products leaves the n latest under way.
     """
-    body, flying, found = loop_body(sass), set[int](), []
+    body, found = loop_body(sass), []
+    groups: list[set[int]] = [set()]  # registers read by each group, the last one still open
     for text in body + body:
         name, _, operands = text.partition(" ")
         if "GMMA" in name and not name.startswith("WARP"):
             if product := re.match(r"R\d+, R(\d+), gdesc", operands):
                 first = int(product[1])
-                flying |= set(range(first, first + 4))
+                groups[-1] |= set(range(first, first + 4))
+            if "gsb0" in operands:
+                groups.append(set())
         elif name.startswith("WARPGROUP.DEPBAR"):
-            flying.clear()
+            left = int(operands.rpartition(" ")[2], 0)
+            groups = groups[len(groups) - 1 - left :] if left < len(groups) - 1 else groups
         elif not name.startswith(_NO_REGISTER) or name.startswith("LDG.E"):
             target = re.match(r"(?:P\d+, )?R(\d+)\b", operands)
-            if target and flying & set(range(int(target[1]), int(target[1]) + _width(name))):
+            written = range(int(target[1]), int(target[1]) + _width(name)) if target else ()
+            if any(group & set(written) for group in groups):
                 found.append(text)
     return found
 

@@ -61,6 +61,11 @@ def test_split_products_can_start_early(compiled):
     assert set(compiled["split-early"]["wgmma"]) == {"e4m3"}
 
 
+@pytest.mark.parametrize(("name", "kind"), [("cut", "e4m3"), ("cut-row", "s8")])
+def test_cut_products(compiled, name, kind):
+    assert set(compiled[name]["wgmma"]) == {kind} and not compiled[name]["loads"]
+
+
 def test_turning_costs_little(compiled):
     result = compiled["turned"]
     assert set(result["wgmma"]) == {"e4m3"} and not result["loads"]
@@ -74,7 +79,17 @@ def test_no_operand_is_overwritten_while_a_product_reads_it(compiled):
 
 
 @pytest.mark.parametrize(
-    ("tile", "limit"), [("128x64", 2.4), ("64x64", 3.0), ("128x128", 2.4), ("256x128", 2.4)]
+    ("tile", "limit"),
+    [
+        ("128x64x128", 2.4),
+        ("64x64x128", 3.0),
+        ("128x128x128", 2.4),
+        ("256x128x128", 2.4),
+        ("128x64x256", 2.3),
+        ("64x64x256", 2.8),
+        ("64x128x256", 3.0),
+        ("128x128x256", 2.9),
+    ],
 )
 def test_folded_products(compiled, tile, limit):
     result = compiled[f"folded-{tile}"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -78,6 +80,23 @@ def test_spans_and_shared_trips(splits, unroll, backend, assert_close):
         for _ in "12"
     ]
     assert torch.equal(*outs)
+    assert_close(outs[0], _expected(x, scales, packed), ratio=_ratio(backend))
+
+
+@pytest.mark.parametrize("shape", [(5, 330, 1280), (33, 330, 896), (40, 200, 384)], ids=str)
+@pytest.mark.parametrize("unroll", [1, 2])
+def test_only_the_uneven_rest_is_cut(shape, unroll, backend, assert_close):
+    """6, 18 and 12 blocks on the four multiprocessors of a CPU: two, two and none are cut."""
+    if backend.name == "ref":
+        pytest.skip("the reference has no launch")
+    x, scales, packed = _operands(*shape, backend.device)
+    config = GemmConfig(64, 16, 4, 4, 3, backend.name == "gpu", unroll=unroll, cut=True)
+    run = partial(
+        backend.op("w4_folded", "w4a8_fp8_folded"), x, packed.tiled(), out_dtype=torch.float32,
+        x_scales=scales, folded=fold_scales(packed), config=config,
+    )  # fmt: skip
+    outs = [run() for _ in range(3)]
+    assert torch.equal(outs[0], outs[1]) and torch.equal(outs[0], outs[2])
     assert_close(outs[0], _expected(x, scales, packed), ratio=_ratio(backend))
 
 

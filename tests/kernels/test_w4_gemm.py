@@ -13,6 +13,7 @@ from epd_kernels import FormatError
 from epd_kernels.activations import quantize_fp8, quantize_int8
 from epd_kernels.launch import GemmConfig
 from epd_kernels.packing import Format, QuantWeight, pack, quantize_weight
+from epd_kernels.w4_epilogue import Spans, even_pieces
 from epd_kernels.w4_gemm import w4_gemm_ref
 
 SCHEMES = {
@@ -146,6 +147,50 @@ def test_splits_of_k(scheme, splits, backend, assert_close):
     outs = [run(x, packed, out_dtype=torch.float32, x_scales=scales, **options) for _ in "12"]
     assert torch.equal(*outs)
     assert_close(outs[0], wide @ dense.t(), ratio=_ratio(scheme, backend, outs[0]))
+
+
+@pytest.mark.parametrize("scheme", ["w4a8-fp8-sm7", "w4a8-int8-hi4"])
+@pytest.mark.parametrize("group_size", [128, 0])
+@pytest.mark.parametrize("unroll", [1, 2])
+def test_only_the_uneven_rest_is_cut(unroll, group_size, scheme, backend, assert_close):
+    """Six blocks on the four multiprocessors of a CPU: two are cut, and twice in half."""
+    if backend.name == "ref":
+        pytest.skip("the reference has no launch")
+    run = backend.op("w4_gemm", "w4_gemm")
+    x, scales, packed, wide, dense = _operands(
+        scheme, 17, 150, 1280, group_size or 1280, torch.float32, backend.device
+    )
+    config = GemmConfig(64, 16, 3, 4, 3, backend.name == "gpu", unroll=unroll, cut=True)
+    run = partial(run, x, packed.tiled(), out_dtype=torch.float32, x_scales=scales, config=config)
+    outs = [run() for _ in range(3)]
+    assert torch.equal(outs[0], outs[1]) and torch.equal(outs[0], outs[2])
+    assert_close(outs[0], wide @ dense.t(), ratio=_ratio(scheme, backend, outs[0]))
+
+
+@pytest.mark.parametrize(
+    ("blocks", "sms", "most", "pieces"),
+    [
+        (2, 4, 4, 2),
+        (40, 132, 4, 3),
+        (80, 132, 4, 3),
+        (92, 132, 4, 4),
+        (131, 132, 4, 1),
+        (1, 4, 3, 3),
+    ],
+)
+def test_pieces_end_together(blocks, sms, most, pieces):
+    """The busiest multiprocessor of any other count has more to do, or as much in more pieces."""
+    assert even_pieces(blocks, sms, most=most) == pieces
+
+
+def test_every_block_and_span_has_one_program():
+    """Whole blocks first, then the first span of each other block, the second, and so on."""
+    out = torch.empty(17, 150)
+    spans = Spans.of(GemmConfig(64, 16, 3, 4, 3, cut=True), 17, 150, torch.float32, out)
+    assert (spans.programs, spans.whole, spans.count) == (4 + 2 * 2, 4, 2)
+    assert spans.partial.numel() == 2 * 2 * 64 * 16
+    even = Spans.of(GemmConfig(64, 16, 3, 4, 3, cut=True), 17, 256, torch.float32, out)
+    assert (even.programs, even.count) == (8, 1)
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
