@@ -204,7 +204,7 @@ def test_prompts_beside_decoding_sequences_agree_with_the_step(scheme: str | Non
         assert torch.equal(found, again)
         assert torch.equal(best, found.argmax(-1))
         errors.append(float((found - expected).norm() / expected.norm()))
-        sizes.add(len(chunks))
+        sizes.add(len(arrays.ids))
 
     for number, length in enumerate((3, 17, 100, 400) * 4):
         # answers of different lengths end one by one, and prompts join the others
