@@ -188,10 +188,10 @@ def sweep(case: Case) -> None:
     module = import_module("epd_kernels.greedy_dpp")
     work = Work(case, "cuda", torch.bfloat16, 0)
     size = work.similarity.shape[1]
-    found = []
+    block, found = module.dpp_config(size)[0], []
     for warps, rows in WARPS_AND_ROWS:
         if rows * size <= 32768 * max(warps // 4, 1):
-            with patch.object(module, "dpp_config", lambda _, c=(rows, warps): c):
+            with patch.object(module, "dpp_config", lambda _, c=(block, rows, warps): c):
                 found.append((graph_timing([work.greedy_pool] * 4).p50, warps, rows))
     best = ", ".join(f"{us:.0f} us at {w} warps {r} rows" for us, w, r in sorted(found)[:4])
     print(f"{case!s:32} greedy over {size}: {best}; now {module.dpp_config(size)}", flush=True)

@@ -36,14 +36,14 @@ def cosines_ref(x: torch.Tensor, *, power: int = 1) -> torch.Tensor:
 
 @jit
 def _cosine_kernel(
-    x: tl.tensor, inverse: tl.tensor, out: tl.tensor, N: tl.tensor, D: tl.tensor,
-    POWER: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
+    x: tl.tensor, inverse: tl.tensor, out: tl.tensor, num_tokens: tl.tensor, D: tl.tensor,
+    stride: tl.tensor, power: tl.tensor, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
 ) -> None:  # fmt: skip
-    """One tile of S per program."""
+    """One tile of S per program, and of the zeros that rows of `stride` end in."""
     i_b, i_r, i_c = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     o_r, o_c = i_r * BLOCK + tl.arange(0, BLOCK), i_c * BLOCK + tl.arange(0, BLOCK)
-    m_r, m_c = o_r < N, o_c < N
-    o_x, o_y = i_b * N + o_r, i_b * N + o_c
+    m_r, m_c = o_r < num_tokens, o_c < num_tokens
+    o_x, o_y = i_b * num_tokens + o_r, i_b * num_tokens + o_c
     b_s = tl.zeros((BLOCK, BLOCK), dtype=tl.float32)
     for i_d in range(0, D, BLOCK_D):
         o_d = i_d + tl.arange(0, BLOCK_D)
@@ -57,22 +57,26 @@ def _cosine_kernel(
     b_self = tl.where(b_inverse < 1e12, 1.0, 0.0)
     b_s = tl.where(o_r[:, None] == o_c[None, :], b_self[:, None], b_s)
     b_power = b_s
-    for _ in tl.static_range(POWER - 1):
+    for _ in range(1, power):
         b_power *= b_s
-    o_out = o_x[:, None] * N + o_c[None, :]
-    tl.store(out + o_out, b_power, m_r[:, None] & m_c[None, :])
+    o_out = o_x[:, None] * stride + o_c[None, :]
+    tl.store(out + o_out, b_power, m_r[:, None] & (o_c < stride)[None, :])
 
 
 def cosines_triton(x: torch.Tensor, *, power: int = 1) -> torch.Tensor:
-    """`cosines` on the device of `x`, products of the inputs as they are, sums in fp32."""
+    """`cosines` on the device of `x`, products of the inputs as they are, sums in fp32.
+
+    Rows begin at multiples of 32 elements: whoever reads them does so in whole vectors.
+    """
     batch, size, width = x.shape
-    out = torch.empty(batch, size, size, dtype=torch.float32, device=x.device)
+    stride = 32 * math.ceil(size / 32)
+    out = torch.empty(batch, size, stride, dtype=torch.float32, device=x.device)
     if out.numel():
         x = x.contiguous()
         block, block_d, warps = TILE
         tiles = math.ceil(size / block)
         _cosine_kernel[(batch, tiles, tiles)](
-            x, inverse_norms_triton(x), out, size, width, POWER=power, BLOCK=block,
+            x, inverse_norms_triton(x), out, size, width, stride, power, BLOCK=block,
             BLOCK_D=block_d, num_warps=warps, num_stages=3,
         )  # fmt: skip
-    return out
+    return out[:, :, :size]

@@ -110,8 +110,8 @@ def inverse_norms_triton(x: torch.Tensor) -> torch.Tensor:
 @jit
 def _graph_kernel(
     x: tl.tensor, inverse: tl.tensor, tau: tl.tensor, row_sums: tl.tensor, column_sums: tl.tensor,
-    histogram: tl.tensor, N: tl.tensor, D: tl.tensor, rows: tl.tensor, columns: tl.tensor,
-    STEP: tl.constexpr, HISTOGRAM: tl.constexpr, BINS: tl.constexpr,
+    histogram: tl.tensor, num_tokens: tl.tensor, D: tl.tensor, num_rows: tl.tensor,
+    num_columns: tl.tensor, STEP: tl.constexpr, HISTOGRAM: tl.constexpr, BINS: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
 ) -> None:  # fmt: skip
     """One tile of S per program. With STEP 2 rows are the even tokens and columns the odd ones.
@@ -121,8 +121,9 @@ def _graph_kernel(
     i_b, i_r, i_c = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     if STEP == 2 or i_c >= i_r:
         o_r, o_c = i_r * BLOCK + tl.arange(0, BLOCK), i_c * BLOCK + tl.arange(0, BLOCK)
-        m_r, m_c = o_r < rows, o_c < columns
-        o_x, o_y = i_b * N + o_r * STEP, i_b * N + o_c * STEP + (STEP - 1)
+        m_r, m_c = o_r < num_rows, o_c < num_columns
+        o_x = i_b * num_tokens + o_r * STEP
+        o_y = i_b * num_tokens + o_c * STEP + (STEP - 1)
         b_s = tl.zeros((BLOCK, BLOCK), dtype=tl.float32)
         for i_d in range(0, D, BLOCK_D):
             o_d = i_d + tl.arange(0, BLOCK_D)
@@ -146,16 +147,16 @@ def _graph_kernel(
         else:
             b_edge = (m_s & (b_s >= tl.load(tau + i_b))).to(tl.float32)
             b_edges = b_s * b_edge
-            o_p = (i_b * tl.num_programs(2) + i_c) * 3 * rows + o_r
+            o_p = (i_b * tl.num_programs(2) + i_c) * 3 * num_rows + o_r
             tl.store(row_sums + o_p, tl.sum(b_edge, axis=1), m_r)
-            tl.store(row_sums + o_p + rows, tl.sum(b_edges, axis=1), m_r)
-            tl.store(row_sums + o_p + 2 * rows, tl.sum(b_s, axis=1), m_r)
+            tl.store(row_sums + o_p + num_rows, tl.sum(b_edges, axis=1), m_r)
+            tl.store(row_sums + o_p + 2 * num_rows, tl.sum(b_s, axis=1), m_r)
             # with STEP 1 the columns' sums are the rows' of the tile across the diagonal
             m_o = m_c & ((STEP == 2) | mirrored)
-            o_p = (i_b * tl.num_programs(1) + i_r) * 3 * columns + o_c
+            o_p = (i_b * tl.num_programs(1) + i_r) * 3 * num_columns + o_c
             tl.store(column_sums + o_p, tl.sum(b_edge, axis=0), m_o)
-            tl.store(column_sums + o_p + columns, tl.sum(b_edges, axis=0), m_o)
-            tl.store(column_sums + o_p + 2 * columns, tl.sum(b_s, axis=0), m_o)
+            tl.store(column_sums + o_p + num_columns, tl.sum(b_edges, axis=0), m_o)
+            tl.store(column_sums + o_p + 2 * num_columns, tl.sum(b_s, axis=0), m_o)
 
 
 @jit
@@ -173,27 +174,27 @@ def _threshold_kernel(
 
 @jit
 def _score_kernel(
-    sums: tl.tensor, tau: tl.tensor, score: tl.tensor, N: tl.tensor, rows: tl.tensor,
-    tiles: tl.tensor, compared: tl.tensor, min_degree: tl.tensor, gamma: tl.tensor,
-    SIDE: tl.constexpr, SIDES: tl.constexpr, BLOCK: tl.constexpr,
+    sums: tl.tensor, tau: tl.tensor, score: tl.tensor, num_tokens: tl.tensor, num_rows: tl.tensor,
+    num_tiles: tl.tensor, compared: tl.tensor, min_degree: tl.tensor, gamma: tl.tensor,
+    side: tl.tensor, num_sides: tl.tensor, BLOCK: tl.constexpr,
 ) -> None:  # fmt: skip
-    """R of BLOCK tokens of one side of one image, from `sums [B, tiles, 3, rows]`."""
+    """R of BLOCK tokens of one side of one image, from `sums [B, num_tiles, 3, num_rows]`."""
     i_b = tl.program_id(0).to(tl.int64)
     o_r = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    m_r = o_r < rows
+    m_r = o_r < num_rows
     b_degree = tl.zeros((BLOCK,), tl.float32)
     b_edges = tl.zeros((BLOCK,), tl.float32)
     b_all = tl.zeros((BLOCK,), tl.float32)
-    for i_t in range(0, tiles):
-        o_p = (i_b * tiles + i_t) * 3 * rows + o_r
+    for i_t in range(0, num_tiles):
+        o_p = (i_b * num_tiles + i_t) * 3 * num_rows + o_r
         b_degree += tl.load(sums + o_p, m_r, 0.0)
-        b_edges += tl.load(sums + o_p + rows, m_r, 0.0)
-        b_all += tl.load(sums + o_p + 2 * rows, m_r, 0.0)
+        b_edges += tl.load(sums + o_p + num_rows, m_r, 0.0)
+        b_all += tl.load(sums + o_p + 2 * num_rows, m_r, 0.0)
     b_mean = b_edges / tl.maximum(b_degree, 1.0)
     b_score = b_degree * tl.exp(gamma * (b_mean - tl.load(tau + i_b)))
     b_lonely = 0.5 * b_score + 0.5 * b_all / compared
     b_score = tl.where(b_degree >= min_degree, b_score, b_lonely)
-    tl.store(score + i_b * N + o_r * SIDES + SIDE, b_score, m_r)
+    tl.store(score + i_b * num_tokens + o_r * num_sides + side, b_score, m_r)
 
 
 def graph_score_triton(
@@ -230,6 +231,6 @@ def graph_score_triton(
         own = part.shape[3]
         _score_kernel[(batch, math.ceil(own / 64))](
             part, threshold, score, size, own, part.shape[1], float(max(other, 1)),
-            float(min_degree), float(gamma), SIDE=side, SIDES=len(sums), BLOCK=64, num_warps=2,
+            float(min_degree), float(gamma), side, len(sums), BLOCK=64, num_warps=2,
         )  # fmt: skip
     return score

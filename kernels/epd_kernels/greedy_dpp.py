@@ -18,7 +18,9 @@ import torch
 
 from .launch import INTERPRETED, jit, next_power_of_2, tl
 
-__all__ = ["greedy_dpp", "greedy_dpp_ref"]
+__all__ = ["LEAST", "greedy_dpp", "greedy_dpp_ref"]
+
+LEAST = 128  # tokens that a program has room for: one kernel for all images below
 
 
 def greedy_dpp(
@@ -65,43 +67,47 @@ def greedy_dpp_ref(
 @jit
 def _greedy_dpp_kernel(
     similarity: tl.tensor, relevance: tl.tensor, factors: tl.tensor, indices: tl.tensor,
-    gains: tl.tensor, N: tl.tensor, K: tl.tensor, eps: tl.tensor,
-    BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr,
+    gains: tl.tensor, num_tokens: tl.tensor, num_kept: tl.tensor, stride: tl.tensor,
+    eps: tl.tensor, BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr,
 ) -> None:  # fmt: skip
-    """One process per program; every tensor is contiguous."""
+    """One process per program; rows of S and of c are `stride` apart, all else is contiguous.
+
+    What stands in a row behind its tokens is read with them, and decides nothing.
+    """
     i_b = tl.program_id(0).to(tl.int64)
-    similarity += i_b * N * N
-    factors += i_b * K * N
-    relevance += i_b * N
+    similarity += i_b * num_tokens * stride
+    factors += i_b * num_kept * stride
+    relevance += i_b * num_tokens
     o_n, o_t = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_T)
-    m_n = o_n < N
+    m_n, m_row = o_n < num_tokens, o_n < stride
     b_r = tl.load(relevance + o_n, mask=m_n, other=0.0).to(tl.float32)
-    b_u = tl.load(similarity + o_n.to(tl.int64) * (N + 1), mask=m_n, other=0.0).to(tl.float32)
+    b_u = tl.load(similarity + o_n.to(tl.int64) * (stride + 1), mask=m_n, other=0.0).to(tl.float32)
     # order-preserving integers: fills by relevance, all below zero; whoever is taken, lowest
     b_fill = b_r.to(tl.int32, bitcast=True) - 0x7FFFFFFF
     b_fill = tl.where(m_n, b_fill, -0x80000000)
-    for i_t in range(0, K):
+    for i_t in range(0, num_kept):
         b_gain = tl.where((b_fill != -0x80000000) & (b_u > eps), b_r * b_r * b_u, 0.0)
         b_key = tl.where(b_gain > 0, b_gain.to(tl.int32, bitcast=True), b_fill)
         best, i_j = tl.max(b_key, axis=0, return_indices=True, return_indices_tie_break_left=True)
         gain = tl.maximum(best, 0).to(tl.float32, bitcast=True)
-        b_row = tl.load(similarity + i_j.to(tl.int64) * N + o_n, mask=m_n, other=0.0).to(tl.float32)
+        p_row = similarity + i_j.to(tl.int64) * stride + o_n
+        b_row = tl.load(p_row, mask=m_row, other=0.0).to(tl.float32)
         chosen_r = tl.load(relevance + i_j).to(tl.float32)
         b_explained = tl.zeros((BLOCK_T, BLOCK_N), tl.float32)
         for i_s in range(0, i_t, BLOCK_T):
             m_s = i_s + o_t < i_t
-            o_s = (i_s + o_t) * N
+            o_s = (i_s + o_t) * stride
             b_column = tl.load(factors + o_s + i_j, mask=m_s, other=0.0)
-            m_c = m_s[:, None] & m_n[None, :]
+            m_c = m_s[:, None] & m_row[None, :]
             b_c = tl.load(factors + o_s[:, None] + o_n[None, :], mask=m_c, other=0.0)
             b_explained += b_column[:, None] * b_c
         b_row -= tl.sum(b_explained, axis=0)
         # the residual variance of the chosen one is its gain over r^2
         pivot = tl.maximum(gain / tl.maximum(chosen_r * chosen_r, 1e-30), eps)
         b_row = tl.where(gain > 0, b_row * tl.rsqrt(pivot), 0.0)
-        tl.store(factors + i_t * N + o_n, b_row, mask=m_n)
-        tl.store(indices + i_b * K + i_t, i_j.to(tl.int64))
-        tl.store(gains + i_b * K + i_t, gain)
+        tl.store(factors + i_t * stride + o_n, b_row, mask=m_row)
+        tl.store(indices + i_b * num_kept + i_t, i_j.to(tl.int64))
+        tl.store(gains + i_b * num_kept + i_t, gain)
         b_u = tl.maximum(b_u - b_row * b_row, 0.0)
         b_fill = tl.where(o_n == i_j, -0x80000000, b_fill)
         # the next step reads rows that other threads of this program have written
@@ -119,18 +125,23 @@ def greedy_dpp_triton(
     gains = torch.empty(batch, num_kept, dtype=torch.float32, device=device)
     if not indices.numel():
         return indices, gains
-    factors = torch.empty(batch, num_kept, size, dtype=torch.float32, device=device)
-    block_t, warps = dpp_config(size)
+    if similarity.stride() != (size * similarity.stride(1), similarity.stride(1), 1):
+        similarity = similarity.contiguous()
+    stride = similarity.stride(1)
+    factors = torch.empty(batch, num_kept, stride, dtype=torch.float32, device=device)
+    block_n, block_t, warps = dpp_config(size)
     _greedy_dpp_kernel[(batch,)](
-        similarity.contiguous(), relevance.contiguous(), factors, indices, gains,
-        size, num_kept, eps, BLOCK_N=next_power_of_2(size), BLOCK_T=block_t, num_warps=warps,
+        similarity, relevance.contiguous(), factors, indices, gains, size, num_kept, stride, eps,
+        BLOCK_N=block_n, BLOCK_T=block_t, num_warps=warps,
     )  # fmt: skip
     return indices, gains
 
 
-def dpp_config(size: int) -> tuple[int, int]:
-    """Rows c that are read at a time, and warps, for processes of `size` tokens."""
+def dpp_config(size: int) -> tuple[int, int, int]:
+    """Tokens that a program holds, rows c it reads at a time, and its warps, for `size` tokens."""
+    block = max(next_power_of_2(size), LEAST)
     if INTERPRETED:
-        return 4, 4
-    block = next_power_of_2(size)
-    return min(max(1, 8192 // block), 16), min(max(block // 128, 4), 16)
+        return block, 4, 4
+    rows = 16 if block <= 512 else 8 if block <= 2048 else 4
+    # a warp reads 128 elements of a row at once; with more warps sums would cross them
+    return block, rows, min(block // 128, 16)

@@ -15,8 +15,9 @@ import torch
 
 from .launch import constant, jit, next_power_of_2, tl
 
-__all__ = ["FLOOR", "relevance", "relevance_ref", "shape_relevance"]
+__all__ = ["FLOOR", "FORMS", "relevance", "relevance_ref", "shape_relevance"]
 
+FORMS = ("floor", "exp", "raw", "offset")
 # the least relevant token stays selectable: r = 0 could never be chosen before residuals run out
 FLOOR = 1e-3
 _FLOOR = constant(FLOOR)
@@ -69,13 +70,13 @@ def shape_relevance(raw: torch.Tensor, form: str, weight: float) -> torch.Tensor
 
 @jit
 def _cosine_to_query_kernel(
-    tokens: tl.tensor, query: tl.tensor, raw: tl.tensor, N: tl.tensor, C: tl.tensor,
+    tokens: tl.tensor, query: tl.tensor, raw: tl.tensor, num_tokens: tl.tensor, C: tl.tensor,
     sign: tl.tensor, BLOCK: tl.constexpr, BLOCK_C: tl.constexpr,
 ) -> None:  # fmt: skip
     """BLOCK tokens of one image per program."""
     i_b = tl.program_id(0).to(tl.int64)
     o_n = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    m_n = o_n < N
+    m_n = o_n < num_tokens
     b_dot = tl.zeros((BLOCK,), tl.float32)
     b_own = tl.zeros((BLOCK,), tl.float32)
     query_sum = 0.0
@@ -83,40 +84,48 @@ def _cosine_to_query_kernel(
         o_c = i_c + tl.arange(0, BLOCK_C)
         m_c = o_c < C
         b_q = tl.load(query + i_b * C + o_c, m_c, 0.0).to(tl.float32)
-        o_x = (i_b * N + o_n)[:, None] * C + o_c[None, :]
+        o_x = (i_b * num_tokens + o_n)[:, None] * C + o_c[None, :]
         b_x = tl.load(tokens + o_x, m_n[:, None] & m_c[None, :], 0.0).to(tl.float32)
         b_dot += tl.sum(b_x * b_q[None, :], axis=1)
         b_own += tl.sum(b_x * b_x, axis=1)
         query_sum += tl.sum(b_q * b_q, axis=0)
     b_length = tl.maximum(tl.sqrt(b_own), 1e-12) * tl.maximum(tl.sqrt(query_sum), 1e-12)
-    tl.store(raw + i_b * N + o_n, sign * b_dot / b_length, m_n)
+    tl.store(raw + i_b * num_tokens + o_n, sign * b_dot / b_length, m_n)
 
 
 @jit
 def _shape_kernel(
-    raw: tl.tensor, out: tl.tensor, N: tl.tensor, weight: tl.tensor, FORM: tl.constexpr,
+    raw: tl.tensor, out: tl.tensor, num_tokens: tl.tensor, weight: tl.tensor, form: tl.tensor,
     BLOCK: tl.constexpr,
 ) -> None:  # fmt: skip
-    """One image per program."""
+    """One image per program; `form` is its place in the list of forms."""
     i_b = tl.program_id(0).to(tl.int64)
-    o_n = tl.arange(0, BLOCK)
-    m_n = o_n < N
-    b_raw = tl.load(raw + i_b * N + o_n, m_n, 0.0)
-    low = tl.min(tl.where(m_n, b_raw, float("inf")), axis=0)
-    high = tl.max(tl.where(m_n, b_raw, float("-inf")), axis=0)
-    # neither NaN nor infinite
-    b_odd = tl.where(m_n & ((b_raw - b_raw) != 0.0), 1, 0)
+    raw += i_b * num_tokens
+    o_b = tl.arange(0, BLOCK)
+    b_low = tl.full((BLOCK,), float("inf"), tl.float32)
+    b_high = tl.full((BLOCK,), float("-inf"), tl.float32)
+    b_odd = tl.zeros((BLOCK,), tl.int32)
+    for i_n in range(0, num_tokens, BLOCK):
+        m_n = i_n + o_b < num_tokens
+        b_raw = tl.load(raw + i_n + o_b, m_n, 0.0)
+        b_low = tl.where(m_n, tl.minimum(b_low, b_raw), b_low)
+        b_high = tl.where(m_n, tl.maximum(b_high, b_raw), b_high)
+        # neither NaN nor infinite
+        b_odd |= (m_n & ((b_raw - b_raw) != 0.0)).to(tl.int32)
+    low, high = tl.min(b_low, axis=0), tl.max(b_high, axis=0)
     width = tl.maximum(high - low, _TINY)
     varied = (high - low) > 1e-6 * tl.maximum(tl.abs(low), tl.abs(high))
     varied = varied & (tl.max(b_odd, axis=0) == 0)
-    b_r = (b_raw - low) / width
-    if FORM == "floor":
-        b_r = tl.maximum(b_r, _FLOOR)
-    if FORM == "exp":
-        b_r = tl.exp(weight * (b_r - 1.0))
-    if FORM == "offset":
-        b_r += 1e-6 / width
-    tl.store(out + i_b * N + o_n, tl.where(varied, b_r, 1.0), m_n)
+    for i_n in range(0, num_tokens, BLOCK):
+        m_n = i_n + o_b < num_tokens
+        b_r = (tl.load(raw + i_n + o_b, m_n, 0.0) - low) / width
+        if form == 0:
+            b_r = tl.maximum(b_r, _FLOOR)
+        if form == 1:
+            b_r = tl.exp(weight * (b_r - 1.0))
+        if form == 3:
+            b_r += 1e-6 / width
+        tl.store(out + i_b * num_tokens + i_n + o_b, tl.where(varied, b_r, 1.0), m_n)
 
 
 def relevance_triton(
@@ -133,9 +142,7 @@ def relevance_triton(
         tokens.contiguous(), query.contiguous(), raw, size, width, float(sign), BLOCK=8,
         BLOCK_C=block_c, num_warps=4,
     )  # fmt: skip
-    block = next_power_of_2(size)
     _shape_kernel[(batch,)](
-        raw, out, size, float(weight), FORM=form, BLOCK=block,
-        num_warps=min(max(block // 128, 1), 8),
-    )  # fmt: skip
+        raw, out, size, float(weight), FORMS.index(form), BLOCK=1024, num_warps=8
+    )
     return out

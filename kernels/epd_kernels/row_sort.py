@@ -38,29 +38,29 @@ def sort_rows_ref(x: torch.Tensor, *, largest: bool = False) -> tuple[torch.Tens
 
 @jit
 def _sort_kernel(
-    x: tl.tensor, values: tl.tensor, indices: tl.tensor, N: tl.tensor, LARGEST: tl.constexpr,
-    FLOATING: tl.constexpr, BLOCK: tl.constexpr, BLOCK_J: tl.constexpr,
+    x: tl.tensor, values: tl.tensor, indices: tl.tensor, num_tokens: tl.tensor,
+    LARGEST: tl.constexpr, FLOATING: tl.constexpr, BLOCK: tl.constexpr, BLOCK_J: tl.constexpr,
 ) -> None:  # fmt: skip
     """BLOCK elements of one row per program, each written to its place."""
     i_b = tl.program_id(0).to(tl.int64)
     o_i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    m_i = o_i < N
-    b_own = tl.load(x + i_b * N + o_i, m_i, 0)
+    m_i = o_i < num_tokens
+    b_own = tl.load(x + i_b * num_tokens + o_i, m_i, 0)
     b_x = b_own
     if FLOATING:
         b_x = tl.where(b_x != b_x, float("-inf") if LARGEST else float("inf"), b_x)
     b_place = tl.zeros((BLOCK,), tl.int32)
-    for i_j in range(0, N, BLOCK_J):
+    for i_j in range(0, num_tokens, BLOCK_J):
         o_j = i_j + tl.arange(0, BLOCK_J)
-        m_j = o_j < N
-        b_y = tl.load(x + i_b * N + o_j, m_j, 0)
+        m_j = o_j < num_tokens
+        b_y = tl.load(x + i_b * num_tokens + o_j, m_j, 0)
         if FLOATING:
             b_y = tl.where(b_y != b_y, float("-inf") if LARGEST else float("inf"), b_y)
         b_first = b_y[:, None] > b_x[None, :] if LARGEST else b_y[:, None] < b_x[None, :]
         b_first |= (b_y[:, None] == b_x[None, :]) & (o_j[:, None] < o_i[None, :])
         b_place += tl.sum((b_first & m_j[:, None]).to(tl.int32), axis=0)
-    tl.store(values + i_b * N + b_place, b_own, m_i)
-    tl.store(indices + i_b * N + b_place, o_i.to(tl.int64), m_i)
+    tl.store(values + i_b * num_tokens + b_place, b_own, m_i)
+    tl.store(indices + i_b * num_tokens + b_place, o_i.to(tl.int64), m_i)
 
 
 def sort_rows_triton(
@@ -71,8 +71,11 @@ def sort_rows_triton(
     values = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     indices = torch.empty(x.shape, dtype=torch.int64, device=x.device)
     if x.numel():
+        x = x.contiguous()
+        if x.data_ptr() % 16:
+            x = x.clone()  # a row of a batch may begin anywhere, and would be compiled for apart
         _sort_kernel[(batch, math.ceil(size / 32))](
-            x.contiguous(), values, indices, size, LARGEST=largest,
+            x, values, indices, size, LARGEST=largest,
             FLOATING=x.is_floating_point(), BLOCK=32, BLOCK_J=128, num_warps=4,
         )  # fmt: skip
     return values, indices

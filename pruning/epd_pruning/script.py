@@ -74,8 +74,8 @@ class Script(ConditionedPruner):
             raise PruningError("pool_factor", "at least 1", self.pool_factor)
         if not 0.0 <= self.pool_floor <= 1.0:
             raise PruningError("pool_floor", "in [0, 1]", self.pool_floor)
-        if self.similarity_power < 1:
-            raise PruningError("similarity_power", "at least 1", self.similarity_power)
+        if not 1 <= self.similarity_power <= 64:
+            raise PruningError("similarity_power", "in [1, 64]", self.similarity_power)
 
     def pool_size(self, num_tokens: int, num_kept: int) -> int:
         if self.combine != "cascade":
