@@ -32,6 +32,7 @@ from epd.pruning_policy import check_served, simplify
 from epd.pruning_spec import PruningSpec
 from epd.queries import image_queries
 from epd.request import FinishReason, RequestTimeline, SamplingParams, TokenOutput, Usage
+from epd.selection_warm_up import warm_up_choice, warm_up_encoder
 from epd.step import NewSequence, PrefillDone, SequenceToken, StepResult
 from epd.vision_pool import TokenSelector, make_pools, pruned
 
@@ -107,7 +108,10 @@ class LLM:
         self.core = EngineCore(decoder, self.card, config=self.config, device=device)
         self.core.warm_up()
         self.vision.repeat_with(default_recorder(device, graphs=self.config.cuda_graphs))
-        self._selector = TokenSelector(QueryEncoder(self.card, decoder))
+        queries = QueryEncoder(self.card, decoder)
+        self._selector = TokenSelector(queries)
+        warm_up_encoder(self.vision, 1)
+        warm_up_choice(queries, decoder, self.card.image_tokens)
         self._count = 0
 
     @overload  # a string is a sequence of strings, but never meant as one

@@ -25,7 +25,14 @@ if TYPE_CHECKING:
 
     from epd.models.query import QueryEncoder
 
-__all__ = ["ImageEncoder", "TokenSelector", "check_pruning", "make_pools", "pruned"]
+__all__ = [
+    "ImageEncoder",
+    "TokenSelector",
+    "blank_pool",
+    "check_pruning",
+    "make_pools",
+    "pruned",
+]
 
 _PLACES = 3
 
@@ -108,6 +115,27 @@ def _packed(pool: Pool, pruner: TokenPruner) -> list[torch.Tensor]:
         size,
         *(pool.inputs.require(name) for name in sorted(pruner.query_needs)),
     ]
+
+
+def blank_pool(
+    spec: PruningSpec, num_tokens: int, *, hidden_size: int, dtype: torch.dtype,
+    device: torch.device, queries: QueryEncoder,
+) -> list[torch.Tensor]:  # fmt: skip
+    """What an encoder would hand on for `spec` of an image of `num_tokens`, the tokens random."""
+    pruner = spec.pruner()
+    assert pruner is not None
+    generator = torch.Generator(device).manual_seed(0)
+
+    def rows(width: int) -> torch.Tensor:
+        shape = (pruner.pool_size(num_tokens, spec.num_kept(num_tokens)), width)
+        return torch.randn(shape, generator=generator, device=device, dtype=dtype)
+
+    beside: dict[str, Any] = {}
+    if "aligned" in pruner.query_needs:
+        beside["aligned"] = rows(queries.encode("clip_text", "a").shape[1])
+    inputs = VisionInputs(embeddings=rows(hidden_size), **beside)
+    places = torch.arange(inputs.num_tokens, device=device)
+    return _packed(Pool(inputs, places, places, num_tokens), pruner)
 
 
 def _unpacked(tensors: Sequence[torch.Tensor], pruner: TokenPruner) -> Pool:

@@ -32,7 +32,9 @@ from epd.stages.base import Host, Payload, as_tensor
 from epd.tensors import from_cached, to_cached
 from epd.vision_pool import ImageEncoder, make_pools
 
-__all__ = ["EncodeStage", "ImageEncoder"]
+__all__ = ["MAX_BATCH", "EncodeStage", "ImageEncoder"]
+
+MAX_BATCH = 8
 
 _log = structlog.get_logger("epd.encode")
 Image = np.ndarray[Any, np.dtype[np.uint8]]
@@ -71,7 +73,7 @@ class EncodeStage:
         flight: SingleFlight,
         *,
         clock: Callable[[], float],
-        max_batch: int = 8,
+        max_batch: int = MAX_BATCH,
     ) -> None:
         self.encoded_total = 0
         self._host = host

@@ -24,6 +24,8 @@ from epd.models.query import QueryEncoder
 from epd.models.vision import VisionEncoder
 from epd.pruning_spec import PruningSpec
 from epd.roles import Stage, StageSet
+from epd.selection_warm_up import warm_up_choice, warm_up_encoder
+from epd.stages.encode import MAX_BATCH
 from epd.stages.parts import StageParts
 from epd.vision_pool import TokenSelector, check_pruning
 from epd_services.warm_weights import Component, WarmWeights
@@ -62,6 +64,7 @@ class ModelLoader:
         self._loaded: dict[str, Component] = {}
         self._core: EngineCore | None = None
         self._compiled = self._encoded = False  # whether a decoder, an encoder was here before
+        self._chosen: set[str] = set()  # parts that chose vision tokens once
         self._selector: TokenSelector | None = None
         self.warm = WarmWeights(warm_bytes, device)
         self._turn = threading.Lock()  # warming up runs beside switches
@@ -131,6 +134,7 @@ class ModelLoader:
         if _QUERIES in needed and self._selector is None:
             self._selector = TokenSelector(self._have(_QUERIES).value)
         self._check_pruning()
+        self._warm_up_choice()
 
     def import_models(self) -> None:
         """Import all that any part takes: seconds that a switch would have to wait for."""
@@ -172,6 +176,15 @@ class ModelLoader:
         modules = (queries.tower.model,) if queries.tower is not None else ()
         size = queries.resident_bytes()
         return Component(name=name, value=queries, modules=modules, num_bytes=size)
+
+    def _warm_up_choice(self) -> None:
+        """Have the choice of vision tokens compiled, the first time that each half is here."""
+        if _ENCODER in self._loaded and _ENCODER not in self._chosen:
+            warm_up_encoder(self._loaded[_ENCODER].value, MAX_BATCH)
+        if _QUERIES in self._loaded and _QUERIES not in self._chosen:
+            queries, decoder = self._loaded[_QUERIES].value, self._loaded[_DECODER].value
+            warm_up_choice(queries, decoder, self._card.image_tokens)
+        self._chosen |= self._loaded.keys()
 
     def _check_pruning(self) -> None:
         if self._default_pruning is None:
