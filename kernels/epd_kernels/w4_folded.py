@@ -23,6 +23,7 @@ from .launch import (
     INTERPRETED,
     GemmConfig,
     constant,
+    device_facts,
     gdc_wait,
     gemm_config,
     jit,
@@ -159,7 +160,7 @@ def _folded_kernel(
     M: tl.tensor, N: tl.tensor, num_whole: tl.tensor, num_splits: tl.tensor, stride_x: tl.tensor,
     stride_r: tl.tensor, K: tl.constexpr, SPLIT: tl.constexpr, TILED: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, STAGES: tl.constexpr, USE_PTX: tl.constexpr,
-    ENCODE: tl.constexpr, EARLY: tl.constexpr, UNROLL: tl.constexpr,
+    ENCODE: tl.constexpr, EARLY: tl.constexpr, UNROLL: tl.constexpr, WGMMA: tl.constexpr,
 ) -> None:  # fmt: skip
     """BLOCK_N weight rows by BLOCK_M tokens over one span of K, as `placed` says.
 
@@ -198,7 +199,7 @@ def _folded_kernel(
             b_next = _operand(b_next, tl.load(p_ratios + (i + 1) * N), USE_PTX, ENCODE)
             b_w = joined(b_w, b_next)
         b_acc = tl.dot(b_w, b_x, b_acc)
-        await_products(i, not ENCODE)
+        await_products(i, WGMMA)
     finish(
         b_acc, row_scales, x_scales, bias, residual, out, partial, arrivals, o_m, o_n, M, N,
         i_rest, i_split, spans, stride_r, 1.0, SPLIT, True, EARLY, BLOCK_N, BLOCK_M,
@@ -233,6 +234,7 @@ def w4a8_fp8_folded_triton(
         BLOCK_N=config.block_n, BLOCK_M=config.block_m, STAGES=config.num_stages,
         USE_PTX=config.use_ptx, ENCODE=INTERPRETED, EARLY=config.early,
         UNROLL=config.unroll if width // TILE_K % config.unroll == 0 else 1,
+        WGMMA=device_facts(x.device).arch == 90,
         **config.options,
     )  # fmt: skip
     return out

@@ -112,7 +112,7 @@ def _w4_gemm_kernel(
     GROUP: tl.constexpr, FORMAT: tl.constexpr, SPLIT: tl.constexpr, TILED: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_J: tl.constexpr, STAGES: tl.constexpr,
     USE_PTX: tl.constexpr, ZEROS: tl.constexpr, EARLY: tl.constexpr, UNROLL: tl.constexpr,
-    TURNED: tl.constexpr,
+    TURNED: tl.constexpr, WGMMA: tl.constexpr,
 ) -> None:  # fmt: skip
     """BLOCK_N weight rows by BLOCK_M tokens over one span of K, as `placed` says.
 
@@ -165,7 +165,7 @@ def _w4_gemm_kernel(
                 p_data, i_trip * UNROLL, TILE, UNROLL, FORMAT, x.dtype.element_ty, USE_PTX
             )
             b_acc = tl.dot(b_w, b_x, b_acc, out_dtype=SUM)
-            await_products(i_trip, USE_PTX)
+            await_products(i_trip, WGMMA)
         for i_step in tl.static_range(0 if BARE else UNROLL):
             i = i_trip * UNROLL + i_step
             i_tile, j = i // PER_TILE, (i % PER_TILE) * BLOCK_J
@@ -234,10 +234,10 @@ def w4_gemm_triton(
         spans.arrivals, tokens, features, spans.whole, spans.count, x.stride(0),
         residual_stride(residual, out), unit, K=width, GROUP=group, FORMAT=weight.format.value,
         SPLIT=spans.count > 1, TILED=tiled, BLOCK_N=config.block_n, BLOCK_M=config.block_m,
-        BLOCK_J=min(group, TILE_K // 2),
-        STAGES=config.num_stages, USE_PTX=config.use_ptx and x.element_size() <= 2, ZEROS=shifted,
-        EARLY=config.early, UNROLL=config.unroll if steps % config.unroll == 0 else 1,
-        TURNED=config.turned, **config.options,
+        BLOCK_J=min(group, TILE_K // 2), STAGES=config.num_stages,
+        USE_PTX=config.use_ptx and x.element_size() <= 2, ZEROS=shifted, EARLY=config.early,
+        UNROLL=config.unroll if steps % config.unroll == 0 else 1, TURNED=config.turned,
+        WGMMA=device_facts(x.device).arch == 90, **config.options,
     )  # fmt: skip
     return out
 

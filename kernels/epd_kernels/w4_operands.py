@@ -125,11 +125,11 @@ def wide_operand(
 
 
 @jit
-def await_products(i: tl.tensor, COMPILED: tl.constexpr) -> None:
-    """Wait for all products under way, before the registers they read are decoded anew.
+def await_products(i: tl.tensor, WGMMA: tl.constexpr) -> None:
+    """Wait for all products of Hopper's tensor core, before their registers are decoded anew.
 
     A product whose left operand lies in registers reads them until it is waited for. Triton 3.6
     lets one whose sum only the next trip of the loop uses run on into that trip.
     """
-    if COMPILED:
+    if WGMMA:
         tl.inline_asm_elementwise(_WAIT, "=r,r", [i], dtype=tl.int32, is_pure=False, pack=1)

@@ -62,6 +62,7 @@ def product_of(scheme: str, config: GemmConfig, *, tiled: bool = False) -> dict[
         "BLOCK_N": config.block_n, "BLOCK_M": config.block_m, "BLOCK_J": 64,
         "STAGES": config.num_stages, "USE_PTX": True, "EARLY": config.early,
         "UNROLL": config.unroll, "ZEROS": scheme == "u4-fp8", "TURNED": config.turned,
+        "WGMMA": True,
     }  # fmt: skip
     return _counted(gemm._w4_gemm_kernel, types, fixed, config)
 
@@ -75,6 +76,7 @@ def folded_product(config: GemmConfig) -> dict[str, Any]:
         "bias": None, "residual": None, "K": WIDTH, "SPLIT": config.splits > 1, "TILED": True,
         "BLOCK_N": config.block_n, "BLOCK_M": config.block_m, "STAGES": config.num_stages,
         "USE_PTX": True, "ENCODE": False, "EARLY": config.early, "UNROLL": config.unroll,
+        "WGMMA": True,
     }  # fmt: skip
     return _counted(folded._folded_kernel, types, fixed, config)
 

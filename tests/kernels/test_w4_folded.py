@@ -151,6 +151,25 @@ def test_refuses_what_does_not_fold():
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("tile", [(64, 64, 4), (128, 64, 4), (128, 128, 8), (64, 128, 4)], ids=str)
+@pytest.mark.parametrize("unroll", [1, 2])
+@pytest.mark.parametrize("cut", [False, True])
+def test_many_products_at_once_agree(cut, unroll, tile, gpu, assert_close):
+    """On a busy multiprocessor a product lasts; no register it reads may be written meanwhile."""
+    x, scales, packed = _operands(128, 22016, 2048, gpu.device)
+    packed = packed.tiled()
+    rows, tokens, warps = tile
+    config = GemmConfig(rows, tokens, 4 if cut else 1, warps, 3, early=True, unroll=unroll, cut=cut)
+    run = partial(
+        gpu.op("w4_folded", "w4a8_fp8_folded"), x, packed, out_dtype=torch.bfloat16,
+        x_scales=scales, folded=fold_scales(packed), config=config,
+    )  # fmt: skip
+    outs = [run() for _ in range(30)]
+    assert all(torch.equal(out, outs[0]) for out in outs)
+    assert_close(outs[0], _expected(x, scales, packed))
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("m", [33, 64, 128, 500])
 @pytest.mark.parametrize("shape", [(4096, 4096), (2112, 4096), (512, 14336)], ids=str)
 def test_model_shapes(m, shape, gpu, assert_close):
