@@ -16,7 +16,7 @@ from epd.demo.examples import SINGLE_TYPES, held_out_example
 from epd.errors import ConfigError
 from epd.roles import format_topology, parse_topology
 from epd_services.bench_load import Load, Picture, drive, plan_load, summarise
-from epd_services.bench_rows import Row, machine, markdown, write_csv
+from epd_services.bench_rows import Row, asked_on, machine, markdown, write_csv
 from epd_services.logs import configure_logs
 from epd_services.progress import progress
 from epd_services.settings import load_settings
@@ -64,7 +64,8 @@ def bench(
     configure_logs("warning", worker="bench")
     begin = time.perf_counter()
     pictures = _draw(plan)
-    expected, rows = _reference(plan, pictures)
+    expected, alone = _reference(plan, pictures)
+    rows: list[Row] = []
     for topology in plan.topologies:
         settings, _ = load_settings(
             model=str(CHECKPOINT), topology=topology, host="127.0.0.1", port=free_port(),
@@ -74,8 +75,11 @@ def bench(
     command = (
         f"epd bench --rates {rates} --requests {requests} --output-tokens {output_tokens} "
         f"--repeat-images {repeat_images} --topologies {topologies} --seed {seed}"
-    )
-    rows = [machine(command=command) | row for row in rows]
+    ) + asked_on(device, dtype)
+    rows = [
+        *(machine(command=command) | row for row in alone),
+        *(machine(command=command, device=settings.device) | row for row in rows),
+    ]
     path = out or _default_path()
     write_csv(path, rows)
     _print(rows, path, time.perf_counter() - begin)
@@ -167,7 +171,7 @@ def _default_path() -> Path:
 
 
 def _print(rows: Sequence[Row], path: Path, seconds: float) -> None:
-    facts = rows[0]
+    facts = rows[-1]
     print(
         f"\n{facts['device']}, torch {facts['torch']}, transformers {facts['transformers']}, "
         f"{facts['date']} UTC, {seconds:.0f} s in all; built-in model\n"

@@ -12,15 +12,18 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Row", "machine", "markdown", "percentile", "write_csv"]
+__all__ = ["Row", "asked_on", "machine", "markdown", "percentile", "write_csv"]
 
 Row = dict[str, Any]
 _PACKAGES = ("epd", "torch", "triton", "transformers")
 
 
 def machine(*, command: str, device: str = "cpu") -> Row:
-    """Where, when and with what a benchmark ran: the leading columns of each of its rows."""
-    name, cuda = _gpu(device) if device.startswith("cuda") else (_cpu(), "")
+    """Where, when and with what a benchmark ran: the leading columns of each of its rows.
+
+    `device` is named as settings name it: `auto` is a GPU when there is one.
+    """
+    name, cuda = (_cpu(), "") if device == "cpu" or not _has_gpu() else _gpu(device)
     return {
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M"),
         "command": command,
@@ -42,10 +45,22 @@ def _cpu() -> str:
     return f"{name.strip()}, {len(os.sched_getaffinity(0))} cores"
 
 
+def asked_on(device: str | None, dtype: str | None) -> str:
+    """The flags that a command was given for them."""
+    named = {"--device": device, "--dtype": dtype}
+    return "".join(f" {flag} {value}" for flag, value in named.items() if value)
+
+
+def _has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
 def _gpu(device: str) -> tuple[str, str]:
     import torch
 
-    facts = torch.cuda.get_device_properties(torch.device(device))
+    facts = torch.cuda.get_device_properties("cuda" if device == "auto" else device)
     return facts.name, str(torch.version.cuda)
 
 

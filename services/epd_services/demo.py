@@ -86,7 +86,7 @@ def demo(
     print(f"The pictures are in {out}/")
     if json_file is not None:
         command = f"epd demo --questions {questions} --seed {seed} --topology {topology}"
-        facts = machine(command=command + (" --multi" if multi else ""))
+        facts = machine(command=command + (" --multi" if multi else ""), device=settings.device)
         write_report(json_file, results, **facts, pruning=settings.pruning, in_flight=in_flight,
                seconds=round(seconds, 3))  # fmt: skip
     return 0 if passed(results) else 1

@@ -19,7 +19,7 @@ from epd.demo.examples import SINGLE_TYPES, held_out_example
 from epd.errors import ConfigError
 from epd_services.admin.client import AdminClient, RefusedError, open_client
 from epd_services.bench_load import Outcome, Picture, summarise
-from epd_services.bench_rows import Row, machine, markdown, write_csv
+from epd_services.bench_rows import Row, asked_on, machine, markdown, write_csv
 from epd_services.client import ChatClient
 from epd_services.gateway.switches import PHASES
 from epd_services.logs import configure_logs
@@ -78,8 +78,8 @@ def switch_bench(
     command = (
         f"epd bench --switches {count} --topologies {topology} --output-tokens {output_tokens} "
         f"--repeat-images {repeat_images} --seed {seed}" + (f" --rates {rates}" if rates else "")
-    )
-    facts = machine(command=command)
+    ) + asked_on(device, dtype)
+    facts = machine(command=command, device=settings.device)
     path = out or _default_path()
     write_csv(path, [facts | {"row": "load"} | row for row in loads]
               + [facts | {"row": "switch"} | row for row in switches])  # fmt: skip

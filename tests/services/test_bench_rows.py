@@ -7,10 +7,11 @@ import math
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from epd_services.bench_rows import machine, markdown, percentile, write_csv
+from epd_services.bench_rows import asked_on, machine, markdown, percentile, write_csv
 
 
 @given(st.lists(st.floats(-1e6, 1e6), min_size=1), st.floats(0.1, 100))
@@ -57,3 +58,15 @@ def test_machine_says_with_what_it_ran() -> None:
 @pytest.mark.gpu
 def test_machine_names_the_gpu() -> None:
     assert machine(command="x", device="cuda")["cuda"]
+
+
+def test_a_command_says_the_device_and_dtype_it_was_given() -> None:
+    assert asked_on(None, None) == ""
+    assert asked_on("cuda", None) == " --device cuda"
+    assert asked_on("cpu", "float32") == " --device cpu --dtype float32"
+
+
+def test_auto_is_the_cpu_where_there_is_no_gpu() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("a GPU is here")
+    assert machine(command="x", device="auto")["device"] == machine(command="x")["device"]
