@@ -28,6 +28,7 @@ OLDER = {
 }  # fmt: skip
 _REGION = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 LAYERS = 32
+BLOCKS = ("ffn", "decode", "prefill")
 PLOTTED = ("22016x4096", "28672x4096")
 
 
@@ -74,13 +75,34 @@ def table(rows: dict[tuple[str, str, str], Row]) -> str:
 def layers(path: Path) -> str:
     """Markdown of what bench_layer.py wrote: a row per block, a column per scheme."""
     rows = cells(path) if path.is_file() else {}
-    schemes = list(dict.fromkeys(impl for op, impl, _ in rows if op in ("ffn", "prefill")))
-    blocks = dict.fromkeys((op, shape) for op, _, shape in rows if op in ("ffn", "prefill"))
+    schemes = list(dict.fromkeys(impl for op, impl, _ in rows if op in BLOCKS))
+    found_blocks = dict.fromkeys((op, shape) for op, _, shape in rows if op in BLOCKS)
+    blocks = sorted(found_blocks, key=lambda block: BLOCKS.index(block[0]))
     lines = ["| block | " + " | ".join(schemes) + " |", "|" + " --- |" * (len(schemes) + 1)]
     for op, shape in blocks:
         found = [_block(rows, op, impl, shape) for impl in schemes]
         lines.append(f"| {op} {shape} | " + " | ".join(found) + " |")
     return "\n".join(lines) if blocks else "Not measured yet."
+
+
+def parts(path: Path) -> str:
+    """Markdown of the parts of those blocks: a row per block and scheme, a column per part."""
+    rows = cells(path) if path.is_file() else {}
+    tables = []
+    for block in BLOCKS:
+        names = list(dict.fromkeys(op for op, _, _ in rows if op.startswith(f"{block}: ")))
+        lines = [f"| {block} | scheme | " + " | ".join(n.partition(": ")[2] for n in names)]
+        lines[0] += " | sum | whole |"
+        lines.append("|" + " --- |" * (len(names) + 4))
+        for op, impl, shape in rows:
+            if op == block and (names and (names[0], impl, shape) in rows):
+                times = [float(rows[name, impl, shape]["p50_us"]) for name in names]
+                told = [*times, sum(times), float(rows[op, impl, shape]["p50_us"])]
+                cells_told = " | ".join(f"{time:.1f}" for time in told)
+                lines.append(f"| {shape} | {impl} | {cells_told} |")
+        if names:
+            tables.append("\n".join(lines))
+    return "\n\n".join(tables) or "Not measured yet."
 
 
 def _block(rows: dict[tuple[str, str, str], Row], op: str, impl: str, shape: str) -> str:
@@ -148,10 +170,14 @@ def main() -> None:
     parser.add_argument("--page", type=Path, help="a page whose regions take the tables")
     args = parser.parse_args()
     rows = cells(args.results)
-    texts = {"gemm": table(rows), "layers": layers(args.layers) if args.layers else ""}
+    texts = {"gemm": table(rows)}
+    if args.layers:
+        texts |= {"layers": layers(args.layers), "parts": parts(args.layers)}
     if args.page:
         page = args.page.read_text()
-        args.page.write_text(_REGION.sub(lambda m: f"{m[1]}\n{texts[m[2]]}\n\n{m[3]}", page))
+        args.page.write_text(
+            _REGION.sub(lambda m: f"{m[1]}\n{texts.get(m[2], '')}\n\n{m[3]}", page)
+        )
     else:
         print("\n\n".join(texts.values()))
     if args.plot:

@@ -15,7 +15,7 @@ BENCH = Path(__file__).parents[2] / "kernels" / "bench"
     ("script", "cells"),
     [
         ("bench_gemm", 20),
-        ("bench_layer", 4),
+        ("bench_layer", 8),
         ("bench_attention", 3),
         ("bench_kv_attention", 12),
         ("bench_selection", 2),
