@@ -67,16 +67,16 @@ class ImageProcessor:
     def _pixels(self, image: RGBImage) -> PixelArray:
         """`[1, 3, image_size, image_size]` of one image, which no other one has a part in."""
         if self._numbers is None:
-            return self._run(image)
+            return np.ascontiguousarray(self._run(image), np.float32)
         [channels] = self._run(image, do_rescale=False, do_normalize=False)
         return np.stack([n.take(c) for n, c in zip(self._numbers, channels, strict=True)])[None]
 
-    def _run(self, image: RGBImage, **changed: bool) -> Any:
+    def _run(self, image: RGBImage, **changed: bool) -> np.ndarray[Any, Any]:
         """What the processor makes of one image, with some of its steps `changed`."""
         values = self._processor(
             images=[image], return_tensors="np", input_data_format="channels_last", **changed
         )["pixel_values"]
-        return np.stack(values) if changed else np.ascontiguousarray(np.stack(values), np.float32)
+        return np.stack(values)
 
     def _number_of_byte(self) -> PixelArray | None:
         """`[3, 256]`; None if this processor does more than map bytes once sizes are right."""
