@@ -57,13 +57,13 @@ def _rms_norm_kernel(
     m_d = o_d < D
     o_x = (i_row // heads) * stride_t + (i_row % heads) * stride_h + o_d
     b_x = tl.load(x + o_x, mask=m_d, other=0.0)
+    b_w = tl.load(weight + o_d, mask=m_d, other=0.0)  # not after the sum, which all wait for
     if HAS_RESIDUAL:
         b_x += tl.load(residual + i_row * D + o_d, mask=m_d, other=0.0)
         tl.store(total + i_row * D + o_d, b_x, mask=m_d)
     b_wide = b_x.to(tl.float32)
     b_scale = tl.rsqrt(tl.sum(b_wide * b_wide, axis=0) / D + eps)
     b_unit = (b_wide * b_scale).to(b_x.dtype)
-    b_w = tl.load(weight + o_d, mask=m_d, other=0.0)
     tl.store(out + i_row * D + o_d, (b_w * b_unit).to(out.dtype.element_ty), mask=m_d)
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
+import numpy as np
 import pytest
 import torch
 
-from epd_kernels import quantize_fp8, quantize_int8
+from epd_kernels import quantize_fp8, quantize_int8, row_codes
 from epd_kernels.activations import quantize_fp8_ref, quantize_int8_ref
 
 
@@ -57,6 +60,17 @@ def test_kernel_equals_reference_bit_for_bit(name, backend):
         assert torch.equal(codes.cpu().view(torch.uint8), expected.view(torch.uint8))
 
 
+def test_rows_of_any_size(backend):
+    sizes = torch.tensor([0.0, 1e-38, 1e-30, 1e-13, 1e-11, 1e25, 1e38])[:, None]
+    x = torch.randn(7, 300, generator=torch.Generator().manual_seed(2)).clamp(-3, 3) * sizes
+    for eight, name in ((quantize_fp8_ref, "quantize_fp8"), (quantize_int8_ref, "quantize_int8")):
+        (codes, scales), (expected, expected_scales) = (
+            backend.op("activations", name)(x.to(backend.device)), eight(x)
+        )  # fmt: skip
+        assert torch.equal(scales.cpu(), expected_scales)
+        assert torch.equal(codes.cpu().view(torch.uint8), expected.view(torch.uint8))
+
+
 def test_every_e4m3_number_and_every_tie(backend):
     """Each finite byte is itself; halfway between two neighbours goes to the even byte."""
     byte = torch.arange(127, dtype=torch.uint8)
@@ -82,3 +96,26 @@ def test_cpu_tensors_take_the_reference():
     x = _rows(5, 64, torch.float32)
     assert torch.equal(quantize_fp8(x)[0].float(), quantize_fp8_ref(x)[0].float())
     assert torch.equal(quantize_int8(x)[0], quantize_int8_ref(x)[0])
+
+
+def _fused(a, b, c):
+    """a * b + c rounded once: the product is exact in fp64, and the sum all but exact in fp80."""
+    wide = np.multiply(a, b, dtype=np.float64).astype(np.longdouble) + c
+    return wide.astype(np.float32)
+
+
+@pytest.mark.parametrize("digits", [7, 23])
+def test_a_quotient_by_the_reciprocal_is_rounded_correctly(digits, monkeypatch):
+    """The compiled kernel's way to divide; the interpreter, which has no fused product, divides."""
+    rng = np.random.default_rng(digits)
+    numbers = (1 + rng.integers(0, 1 << digits, 1 << 16) / (1 << digits)).astype(np.float32)
+    exact = SimpleNamespace(
+        div_rn=lambda a, b: np.float32(a) / b, fma=_fused, static_range=range,
+        zeros_like=np.zeros_like,
+    )  # fmt: skip
+    monkeypatch.setattr(row_codes, "tl", exact)
+    monkeypatch.setattr(row_codes, "_REFINED", True)
+    run = getattr(row_codes._quotients, "fn", row_codes._quotients)
+    hard = [1, 1 + 2**-23, 2 - 2**-23, 1.5]  # reciprocals near the ends of a binade, a short one
+    for scale in np.array([*hard, *(1 + rng.random(60))], np.float32):
+        assert np.array_equal(run(numbers, scale), numbers / scale)

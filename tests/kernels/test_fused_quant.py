@@ -5,6 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from epd_kernels import fused_quant, silu_mul_quant
+from epd_kernels.launch import DeviceFacts
+
 EIGHT = {torch.float8_e4m3fn: "quantize_fp8", torch.int8: "quantize_int8"}
 
 
@@ -31,7 +34,7 @@ def _same(actual, expected):
 
 
 @pytest.mark.parametrize("eight", EIGHT, ids=str)
-@pytest.mark.parametrize("shape", [(0, 64), (1, 100), (17, 256), (63, 48)], ids=str)
+@pytest.mark.parametrize("shape", [(0, 64), (1, 100), (17, 256), (63, 48), (3, 5001)], ids=str)
 def test_norm_then_quantise(shape, eight, backend):
     norm, quantize = backend.op("norm", "add_rms_norm"), backend.op("activations", EIGHT[eight])
     run = backend.op("fused_quant", "add_rms_norm_quant")
@@ -42,7 +45,8 @@ def test_norm_then_quantise(shape, eight, backend):
         normed, total = norm(x, residual, weight, 1e-5)
         *actual, new_residual = run(x, residual, weight, 1e-5, dtype=eight)
         assert torch.equal(new_residual, total)
-        (_nearly if backend.name == "gpu" else _same)(actual, quantize(normed))
+        summed_alike = backend.name == "ref" or (backend.name == "interpreter" and shape[1] < 2048)
+        (_same if summed_alike else _nearly)(actual, quantize(normed))
 
 
 @pytest.mark.parametrize("eight", EIGHT, ids=str)
@@ -58,13 +62,58 @@ def test_norm_at_the_start_of_the_stream(eight, backend):
 
 
 @pytest.mark.parametrize("eight", EIGHT, ids=str)
-@pytest.mark.parametrize("shape", [(0, 64), (1, 100), (17, 256), (63, 48)], ids=str)
+@pytest.mark.parametrize(
+    "shape",
+    [(0, 64), (1, 1), (1, 100), (17, 256), (63, 48), (1, 9001), (2, 5000), (5, 2100)], ids=str,
+)
 def test_silu_mul_then_quantise(shape, eight, backend):
     product, quantize = backend.op("silu_mul", "silu_mul"), backend.op("activations", EIGHT[eight])
     run = backend.op("fused_quant", "silu_mul_quant")
     for dtype in backend.dtypes:
         gate_up = _randn(shape[0], 2 * shape[1], dtype=dtype, device=backend.device)
         _same(run(gate_up, dtype=eight), quantize(product(gate_up)))
+
+
+@pytest.mark.parametrize("eight", EIGHT, ids=str)
+@pytest.mark.parametrize("shape", [(1, 130), (2, 2500), (1, 9001)], ids=str)
+def test_a_shared_row_has_the_codes_of_a_whole_one(shape, eight, backend, monkeypatch):
+    run = backend.op("fused_quant", "silu_mul_quant")
+    gate_up = _randn(shape[0], 2 * shape[1], dtype=backend.dtypes[-1], device=backend.device)
+    shared = run(gate_up, dtype=eight)
+    monkeypatch.setattr(fused_quant, "_MOST_PARTS", 1)
+    assert fused_quant._part(*shape, gate_up.device) == 0
+    _same(shared, run(gate_up, dtype=eight))
+
+
+def test_rows_are_shared_while_multiprocessors_are_left(monkeypatch):
+    monkeypatch.setattr(fused_quant, "device_facts", lambda _: DeviceFacts(90, 132))
+    parts = {t: fused_quant._part(t, 14336, torch.device("cpu")) for t in (1, 16, 17, 66, 67, 4096)}
+    assert parts == {1: 2048, 16: 2048, 17: 4096, 66: 8192, 67: 0, 4096: 0}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tokens", [1, 16, 100])
+def test_in_a_graph_behind_a_copy(tokens, gpu):
+    """Kernels that wait by themselves for what is ahead of them, be it no kernel."""
+    given = [_randn(tokens, 2 * 11008, dtype=torch.bfloat16, device="cuda", seed=i) for i in (0, 1)]
+    held = torch.zeros_like(given[0])
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        silu_mul_quant(held, dtype=torch.int8)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        source = held.clone()
+        source.copy_(held)
+        first = silu_mul_quant(source, dtype=torch.int8)
+        again = silu_mul_quant(source, dtype=torch.int8)
+    for x in (*given, given[0]):
+        held.copy_(x)
+        graph.replay()
+        torch.cuda.synchronize()
+        expected = gpu.op("activations", "quantize_int8")(gpu.op("silu_mul", "silu_mul")(x))
+        _same(first, expected)
+        _same(again, expected)
 
 
 def test_rows_of_a_wider_tensor(backend):
