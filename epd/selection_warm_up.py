@@ -36,10 +36,9 @@ _MOST_SECONDS = 120.0
 _NAME, _SIDE = "warm-up", 48
 _TOWER = "vision tower"
 _QUESTIONS = ("", "What is this?", "What is this, and what is beside it? " * 40)
-_GRAPHS = ({"graph": "bipartite"}, {"tau": 0.2}, {"graph": "bipartite", "tau": 0.2})
 _COMBINATIONS = ("intersect_fill", "plot_parity", "released")
 _WAYS: dict[str, tuple[dict[str, Any], ...]] = {
-    "script": ({}, *_GRAPHS, *({"combine": name} for name in _COMBINATIONS)),
+    "script": ({}, {"graph": "bipartite"}, *({"combine": name} for name in _COMBINATIONS)),
     "visionzip": ({}, {"merging": True}),
 }
 _QUERY_ENCODERS = ("clip_text", "llm_embed_mean")

@@ -200,6 +200,23 @@ def test_graphs_are_a_setting(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (engine.cuda_graphs, engine.graph_memory_bytes) == (False, 1000)
 
 
+def test_choosing_is_warmed_up_once_for_each_half(
+    card: ModelCard, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[str] = []
+    for half in ("encoder", "choice"):
+        monkeypatch.setattr(
+            f"epd_services.stage_loader.warm_up_{half}", lambda *_, half=half: done.append(half)
+        )
+    loader = ModelLoader(card, device="cpu", dtype=torch.float32, config=CONFIG)
+    seen = []
+    for letters in ("E", "D", "P", "E", "EPD"):
+        loader.unload(parse_stages(letters))
+        loader.load(parse_stages(letters))
+        seen.append(done.copy())
+    assert seen == [["encoder"], ["encoder"], *[["encoder", "choice"]] * 3]
+
+
 @pytest.mark.gpu
 def test_on_a_gpu_weights_rest_in_pinned_memory_and_come_back_whole(card: ModelCard) -> None:
     loader = ModelLoader(
