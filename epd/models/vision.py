@@ -147,8 +147,7 @@ class VisionEncoder:
         self.check_needs(needs)
         out: list[VisionInputs] = []
         for start in range(0, len(images), batch_size):
-            pixels = self.pixels(images[start : start + batch_size])
-            out.extend(self._inputs(self._on_device(pixels), needs))
+            out.extend(self.encode_pixels(self.pixels(images[start : start + batch_size]), needs))
         return out
 
     @property
@@ -179,10 +178,11 @@ class VisionEncoder:
             pixels = pixels.pin_memory()
         return pixels.to(self.device, non_blocking=True)
 
-    def encode_pixels(self, pixels: torch.Tensor) -> torch.Tensor:
-        """`[N, num_tokens, hidden]` of processed pixels `[N, 3, S, S]`, as `pixels` makes them."""
-        inputs = self._inputs(self._on_device(pixels), frozenset())
-        return torch.stack([image.embeddings for image in inputs])
+    def encode_pixels(
+        self, pixels: torch.Tensor, needs: frozenset[str] = frozenset()
+    ) -> list[VisionInputs]:
+        """`encode_inputs` of processed pixels `[N, 3, S, S]`, as `pixels` makes them."""
+        return self._inputs(self._on_device(pixels), needs)
 
     @torch.no_grad()
     def _inputs(self, pixels: torch.Tensor, needs: frozenset[str]) -> list[VisionInputs]:

@@ -8,6 +8,7 @@ Times are wall clock with the device synchronised at both ends, after warm-up, m
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 import sys
 import time
@@ -15,13 +16,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from epd.errors import ConfigError, EPDError
+from epd.errors import ConfigError, EPDError, InvalidRequestError
 from epd_services.bench_rows import Row, machine, markdown, percentile, write_csv
 from epd_services.progress import progress
 
 if TYPE_CHECKING:
     import torch
 
+    from epd.pruning_spec import PruningSpec
     from epd_services.offline_pipeline import OfflinePipeline
     from epd_services.progress import Advance
 
@@ -61,16 +63,18 @@ def run_offline_bench(
     out: Path | None = None,
     kv: str = "auto",
     quantize: str | None = None,
+    pruning: str | None = None,
     cuda_graphs: bool = True,
 ) -> list[Row]:
     """The rows of one run, also printed and, with `out`, written as CSV. Raises `EPDError`.
 
     `kv` is how keys and values are held, as `epd serve --kv` takes it; `quantize` a scheme that
-    the random weights are rounded to. Without `cuda_graphs` decode steps are launched one by one.
+    the random weights are rounded to; `pruning` JSON as EPD_PRUNING takes it. Without `cuda_graphs`
+    steps are launched kernel by kernel.
     """
     from epd_services.offline_pipeline import OfflinePipeline, Sizes
 
-    work = workload or Workload()
+    work, spec = workload or Workload(), _spec(pruning)
     device, kind = device_and_dtype(device, dtype)
     begin = time.perf_counter()
     with progress("offline bench", work.measurements + 1) as advance:
@@ -82,17 +86,18 @@ def run_offline_bench(
         )
         pipeline = OfflinePipeline(
             config_dir, device=device, dtype=kind, seed=seed, sizes=sizes, kv=kv, scheme=quantize,
-            cuda_graphs=cuda_graphs,
+            cuda_graphs=cuda_graphs, pruning=spec,
         )  # fmt: skip
         results = _measure(pipeline, work, advance)
         advance(work.measurements + 1, "done")
-    command = _command(config_dir, kv, quantize)
+    command = _command(config_dir, kv, quantize, pruning)
     facts = machine(command=command, device=device) | {
         "model": config_dir.resolve().name,
         "dtype": str(kind).removeprefix("torch."),
         "weight_bytes": pipeline.weight_bytes,
         "quantize": quantize or "",
         "kv": kv,
+        "pruning": pruning or "",
         "cuda_graphs": int(cuda_graphs and device.startswith("cuda")),
         "kv_blocks": pipeline.core.stats().blocks_total,
     }
@@ -106,6 +111,7 @@ def run_offline_bench(
 def run_from_cli(
     config_dir: Path, *, random_weights: bool, out: Path | None, device: str | None,
     dtype: str | None, seed: int, kv: str | None = None, quantize: str | None = None,
+    pruning: str | None = None,
 ) -> None:  # fmt: skip
     """What `epd bench --offline` does. Raises `EPDError`."""
     if not random_weights:
@@ -116,8 +122,22 @@ def run_from_cli(
         )
     run_offline_bench(
         config_dir, device=device or "auto", dtype=dtype or "auto", seed=seed, out=out,
-        kv=kv or "auto", quantize=quantize,
+        kv=kv or "auto", quantize=quantize, pruning=pruning,
     )  # fmt: skip
+
+
+def _spec(pruning: str | None) -> PruningSpec | None:
+    """The pruning that JSON describes. Raises `ConfigError`."""
+    from epd.pruning_spec import PruningSpec
+
+    if pruning is None:
+        return None
+    try:
+        return PruningSpec.parse(json.loads(pruning))
+    except json.JSONDecodeError:
+        raise ConfigError('pruning is not JSON like {"method":"script","keep":64}') from None
+    except InvalidRequestError as error:
+        raise ConfigError(f"{error.param}: {error}") from None
 
 
 def device_and_dtype(device: str, dtype: str) -> tuple[str, torch.dtype]:
@@ -204,10 +224,13 @@ def _row(metric: str, value: float, unit: str, **facts: int) -> Row:
     return {"metric": metric, **empty, **facts, "value": value, "unit": unit}
 
 
-def _command(config_dir: Path, kv: str = "auto", quantize: str | None = None) -> str:
+def _command(
+    config_dir: Path, kv: str = "auto", quantize: str | None = None, pruning: str | None = None
+) -> str:
     words = ["epd bench --offline", str(config_dir), "--random-weights"]
     words += ["--quantize", quantize] if quantize else []
     words += ["--kv", kv] if kv != "auto" else []
+    words += ["--pruning", f"'{pruning}'"] if pruning else []
     return " ".join(words)
 
 
@@ -216,7 +239,8 @@ def _print(rows: list[Row], seconds: float) -> None:
     weights = f"{facts['quantize']} weights" if facts["quantize"] else facts["dtype"]
     versions = ", ".join(f"{name} {facts[name]}" for name in ("torch", "triton", "transformers"))
     print(
-        f"\n{facts['model']}, random weights, {weights}, KV {facts['kv']}, {facts['device']} "
+        f"\n{facts['model']}, random weights, {weights}, KV {facts['kv']}, "
+        f"pruning {facts['pruning'] or 'none'}, {facts['device']} "
         f"({versions}), {facts['date']} UTC, {seconds:.0f} s in all\n"
     )
     print(markdown(rows, _COLUMNS), flush=True)
@@ -233,6 +257,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--kv", default="auto")
     parser.add_argument("--quantize")
+    parser.add_argument("--pruning")
     parser.add_argument("--no-cuda-graphs", action="store_true")
     parser.add_argument("--short", action="store_true", help="64 decode steps and no burst")
     parser.add_argument("--seed", type=int, default=0)
@@ -245,7 +270,7 @@ def main(arguments: list[str] | None = None) -> int:
         run_offline_bench(
             given.config_dir, device=given.device, dtype=given.dtype, seed=given.seed,
             workload=work, out=given.out, kv=given.kv, quantize=given.quantize,
-            cuda_graphs=not given.no_cuda_graphs,
+            pruning=given.pruning, cuda_graphs=not given.no_cuda_graphs,
         )  # fmt: skip
     except EPDError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -1,12 +1,14 @@
 """All three stages in one process with random weights: what the offline benchmark measures.
 
-Nothing here knows a socket, a setting or a tokenizer: prompts are random token ids.
+Nothing here knows a socket, a setting or a tokenizer: prompts are random token ids, questions that
+pruning reads are random vectors.
 """
 
 from __future__ import annotations
 
 import itertools
 import time
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -18,20 +20,25 @@ import torch
 
 from epd.config import EngineConfig
 from epd.core import EngineCore, NewSequence
-from epd.errors import ConfigError, EPDError
+from epd.errors import ConfigError, EPDError, InvalidRequestError
 from epd.graphs import default_recorder
 from epd.kv.gate import choose_formats
 from epd.kv.pool import KVPool
 from epd.models.card import ModelCard
 from epd.models.decoder import Decoder
 from epd.models.quantization import SCHEMES
+from epd.models.query import QueryEncoder
 from epd.models.vision import VisionEncoder
+from epd.pruning_spec import PruningSpec
 from epd.request import SamplingParams
 from epd.step import StepResult
+from epd.vision_pool import ImageEncoder, TokenSelector, check_pruning, make_pools, pruned
+from epd_pruning.base import VisionInputs
 
 __all__ = ["FirstToken", "OfflinePipeline", "Sizes"]
 
 Image = np.ndarray[Any, np.dtype[np.uint8]]
+Pool = list[torch.Tensor]
 _BLOCK = 16
 _PICTURE = (480, 640, 3)
 _ENCODE_BATCH = 8
@@ -61,15 +68,51 @@ class FirstToken:
         return self.pixels + self.encode + self.prefill
 
 
+class _RandomQueries(QueryEncoder):
+    """A vector per question, of the decoder's width and drawn from a seed: it means nothing."""
+
+    def __init__(self, decoder: Decoder, seed: int) -> None:
+        self.tower, self.sign = None, 1
+        self._decoder = decoder
+        self._random = torch.Generator(decoder.device).manual_seed(seed)
+        self._known: OrderedDict[tuple[str, str], torch.Tensor] = OrderedDict()
+
+    def _compute(self, kind: str, text: str) -> torch.Tensor:
+        if kind != "llm_embed_mean":
+            return super()._compute(kind, text)
+        shape, device = (1, self._decoder.config.hidden_size), self._decoder.device
+        return torch.randn(shape, generator=self._random, device=device)
+
+
+@dataclass(frozen=True, slots=True)
+class _Processed:
+    """An image encoder whose pixels are made already."""
+
+    encoder: VisionEncoder
+    pixels: torch.Tensor
+
+    def num_tokens(self, width: int, height: int) -> int:
+        return self.encoder.num_tokens(width, height)
+
+    def encode_inputs(self, images: Sequence[Image], needs: frozenset[str]) -> list[VisionInputs]:
+        assert len(images) == len(self.pixels)
+        return self.encoder.encode_pixels(self.pixels, needs)
+
+    def check_needs(self, needs: frozenset[str]) -> None:
+        self.encoder.check_needs(needs)
+
+
 class OfflinePipeline:
     """An encoder and an engine core of a config directory's shape, weights drawn from a seed."""
 
     def __init__(
         self, config_dir: Path, *, device: str, dtype: torch.dtype, seed: int, sizes: Sizes,
         kv: str = "auto", scheme: str | None = None, cuda_graphs: bool = True,
+        pruning: PruningSpec | None = None,
     ) -> None:  # fmt: skip
-        """`scheme` rounds the decoder's weights. Raises `ConfigError` for one that does not exist.
+        """`scheme` rounds the decoder's weights, `pruning` is what every request asks for.
 
+        Raises `ConfigError` for a scheme that does not exist or pruning that cannot be done here.
         Ready to be measured: everything is compiled, and recorded with `cuda_graphs`.
         """
         if scheme is not None and scheme not in SCHEMES:
@@ -83,6 +126,10 @@ class OfflinePipeline:
         self.encoder = VisionEncoder.random(self.card, device, dtype, seed)
         self.decoder = Decoder.random(self.card.text, device, dtype, seed, scheme=scheme)
         self.image_tokens = self.encoder.num_tokens(_PICTURE[1], _PICTURE[0])
+        queries = _RandomQueries(self.decoder, seed)
+        self._pruning, self._selector = pruning, TokenSelector(queries)
+        if pruning is not None:
+            self._check(pruning, queries)
         self.core = EngineCore(
             self.decoder, self.card, config=self._config(dtype, kv, cuda_graphs), device=self.device
         )
@@ -113,6 +160,17 @@ class OfflinePipeline:
             cuda_graphs=cuda_graphs,
         )  # fmt: skip
 
+    def _check(self, pruning: PruningSpec, queries: QueryEncoder) -> None:
+        if pruning.layer_method is not None:
+            raise ConfigError(
+                "the offline benchmark prunes before the decoder only; "
+                "python -m epd_services.prefill_bench prunes inside it"
+            )
+        try:
+            check_pruning(pruning, self.encoder, queries)
+        except InvalidRequestError as error:
+            raise ConfigError(f"this pruning cannot be done with random weights: {error}") from None
+
     def pictures(self, count: int) -> list[Image]:
         """Random pictures of 640 by 480, no two alike."""
         return [self._rng.integers(0, 256, _PICTURE, np.uint8) for _ in range(count)]
@@ -133,10 +191,10 @@ class OfflinePipeline:
         pixels = self.encoder.pixels(pictures)
         if split:
             pixels_done = self.synchronize()
-        tokens = self.encoder.encode_pixels(pixels)
+        pools = self._pools(_Processed(self.encoder, pixels), pictures)
         if split:
             encode_done = self.synchronize()
-        self._add(list(tokens), max_tokens=1)
+        self._add(pools, max_tokens=1)
         while not self._step().tokens:
             pass
         end = self.synchronize()
@@ -170,39 +228,45 @@ class OfflinePipeline:
         done = 0
         groups = [pictures[i : i + _ENCODE_BATCH] for i in range(0, len(pictures), _ENCODE_BATCH)]
         with ThreadPoolExecutor(1) as encoding:
-            encoded: list[Future[list[torch.Tensor]]] = [
+            encoded: list[Future[list[Pool]]] = [
                 encoding.submit(self._encode, group) for group in groups
             ]
             while done < len(pictures):
                 while encoded and (encoded[0].done() or not self.core.has_work()):
-                    for tokens in encoded.pop(0).result():
-                        self._add([tokens], max_tokens=output_tokens)
+                    for pool in encoded.pop(0).result():
+                        self._add([pool], max_tokens=output_tokens)
                 ended = sum(t.finish_reason is not None for t in self._step().tokens)
                 done += ended
                 if ended:
                     yield done
         self.synchronize()
 
-    def _encode(self, pictures: Sequence[Image]) -> list[torch.Tensor]:
-        return self.encoder.encode(pictures)
+    def _encode(self, pictures: Sequence[Image]) -> list[Pool]:
+        return self._pools(self.encoder, pictures)
 
-    def _add(self, vision_tokens: Sequence[torch.Tensor], *, max_tokens: int) -> str:
-        """Queue a request of random text around its images; its name."""
+    def _pools(self, encoder: ImageEncoder, pictures: Sequence[Image]) -> list[Pool]:
+        """What an encode worker hands on of each picture."""
+        names = [str(number) for number in range(len(pictures))]
+        return make_pools(encoder, pictures, [self._pruning] * len(pictures), names)
+
+    def _add(self, pools: Sequence[Pool], *, max_tokens: int) -> str:
+        """Queue a request of random text around its images, which are pruned now; its name."""
         name, image = next(self._names), self.card.image_token_id
         assert image is not None
         count = self.sizes.text_tokens
         # on whichever side of the placeholder there are more ids
         low, high = max((0, image), (image + 1, self.card.vocab_size), key=lambda r: r[1] - r[0])
         ids, half = self._rng.integers(low, high, count).tolist(), count // 2
-        self.core.add(
-            NewSequence(
-                request_id=name, attempt=0, image_token_id=image,
-                prompt_token_ids=[*ids[:half], *[image] * len(vision_tokens), *ids[half:]],
-                mm_keys=[f"{name}/{i}" for i in range(len(vision_tokens))],
-                sampling=SamplingParams(max_tokens=max_tokens, ignore_eos=True),
-            ),
-            vision_tokens,
+        sequence = NewSequence(
+            request_id=name, attempt=0, image_token_id=image,
+            prompt_token_ids=[*ids[:half], *[image] * len(pools), *ids[half:]],
+            mm_keys=[f"{name}/{i}" for i in range(len(pools))],
+            sampling=SamplingParams(max_tokens=max_tokens, ignore_eos=True),
         )  # fmt: skip
+        chosen = self._selector.select_all(pools, self._pruning, [name] * len(pools))
+        if self._pruning is not None:
+            sequence = pruned(sequence, self._pruning, [kept for _, kept in chosen])
+        self.core.add(sequence, [tokens for tokens, _ in chosen])
         return name
 
     def _step(self) -> StepResult:

@@ -64,8 +64,8 @@ def test_random_weights_are_made_on_the_device(card: ModelCard) -> None:
     assert decoder.dtype == torch.bfloat16
     assert torch.cuda.max_memory_allocated() < 1.2 * decoder.resident_bytes() + (1 << 30)
     vision = VisionEncoder.random(card, "cuda")
-    pixels = torch.zeros(2, 3, 336, 336, dtype=vision.dtype, device="cuda")
-    assert vision.encode_pixels(pixels).shape == (2, 576, 4096)
+    inputs = vision.encode_pixels(torch.zeros(2, 3, 336, 336))
+    assert [image.embeddings.shape for image in inputs] == [(576, 4096)] * 2
 
 
 @pytest.mark.gpu

@@ -13,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
+from epd.core import EngineCore
 from epd.errors import CheckpointError, ConfigError
 from epd.kv.pool import KVPool
 from epd.models.card import ModelCard
@@ -64,6 +65,47 @@ def test_shapes_in_the_docs_are_those_of_llava_7b() -> None:
     vision = card.config["vision_config"]
     assert (vision["num_hidden_layers"], vision["hidden_size"]) == (24, 1024)
     assert (vision["image_size"] // vision["patch_size"]) ** 2 == 576
+
+
+SCRIPT = '{"method":"script","keep":6,"params":{"query_encoder":"llm_embed_mean"}}'
+
+
+def test_pruned_runs_have_the_same_rows_and_compute_fewer_tokens(
+    config_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entered: list[list[int]] = []
+    real = EngineCore.add
+
+    def add(self: EngineCore, sequence: Any, tokens: Any) -> None:
+        entered[-1].append(sum(map(len, tokens)))
+        real(self, sequence, tokens)
+
+    monkeypatch.setattr(EngineCore, "add", add)
+    runs = []
+    for pruning in (None, SCRIPT):
+        entered.append([])
+        runs.append(run_offline_bench(config_dir, device="cpu", workload=TINY, pruning=pruning))
+    names = [[(r["metric"], r["images"], r["batch"]) for r in run] for run in runs]
+    assert names[0] == names[1]
+    assert runs[1][0]["pruning"] == SCRIPT and SCRIPT in runs[1][0]["command"]
+    # of 16 vision tokens per image 6 are left; prompts of one and of two images
+    assert set(entered[0]) == {16, 32} and set(entered[1]) == {6, 12}
+
+
+@pytest.mark.parametrize(
+    ("pruning", "named"),
+    [
+        ("nonsense", "not JSON"),
+        ('{"method":"script"}', "keep"),
+        ('{"method":"adaptinfer","keep":0.5}', "prefill_bench"),
+        ('{"method":"script","keep":6}', "text_tower"),
+    ],
+)
+def test_pruning_that_cannot_be_benchmarked_is_refused(
+    config_dir: Path, pruning: str, named: str
+) -> None:
+    with pytest.raises(ConfigError, match=named):
+        run_offline_bench(config_dir, device="cpu", workload=TINY, pruning=pruning)
 
 
 def test_every_measurement_has_its_row(

@@ -209,6 +209,9 @@ def bench(
         typer.Option("--quantize", help="Offline: w4a8-fp8, w4a8-int8, w4a16 or fp8."),
     ] = None,
     kv: KV = None,
+    pruning: Annotated[
+        str | None, typer.Option(help='Offline: JSON like {"method":"script","keep":64}.')
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="CSV file for the rows.")] = None,
     device: Device = None,
     dtype: Dtype = None,
@@ -226,7 +229,7 @@ def bench(
     if offline is not None:
         _lazy("offline_bench", "run_from_cli")(
             offline, random_weights=random_weights, out=out, device=device, dtype=dtype, seed=seed,
-            kv=kv, quantize=quantize_to,
+            kv=kv, quantize=quantize_to, pruning=pruning,
         )  # fmt: skip
         return
     given = {"output_tokens": output_tokens, "repeat_images": repeat_images, "seed": seed,
