@@ -115,7 +115,7 @@ class ZmqTransport:
 
     def send(self, address: str, frames: Sequence[Frame]) -> None:
         """Queue a message for the inbox at `address`; raises `TransportFullError` instead of
-        waiting.
+        waiting, and for what is no address.
         """
         peer = self._peers.get(address) or self._connect(address)
         try:
@@ -129,7 +129,12 @@ class ZmqTransport:
         peer.setsockopt(zmq.SNDHWM, _HIGH_WATER)
         peer.setsockopt(zmq.RECONNECT_IVL, 20)
         peer.setsockopt(zmq.RECONNECT_IVL_MAX, 500)
-        peer.connect(address)
+        try:
+            peer.connect(address)
+        except zmq.ZMQError as error:
+            peer.close(linger=0)
+            text = f"cannot connect to {address[:64]}: {error.strerror}"
+            raise TransportFullError(text) from None
         self._peers[address] = peer
         return peer
 

@@ -145,6 +145,9 @@ class Supervisor:
                 )
                 return
             await self._launch(child)
+            if self._stopping:
+                # the stop has told everybody it knew of
+                _signal(child, signal.SIGTERM)
 
     def _log(self, child: _Child) -> str:
         return str(self.run_dir / f"{child.plan.name}.log")

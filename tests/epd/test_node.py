@@ -153,6 +153,19 @@ def test_zmq_carries_frames_between_inboxes_and_never_blocks(tmp_path: Path) -> 
     asyncio.run(run())
 
 
+@pytest.mark.parametrize("address", ["", "10.0.0.5:5555", "tcp://127.0.0.1:port"])
+def test_zmq_cannot_send_to_what_is_no_address(tmp_path: Path, address: str) -> None:
+    async def run() -> None:
+        directory = tmp_path / "z"
+        directory.mkdir(mode=0o700)
+        transport = ZmqTransport(f"ipc://{directory}/a", keyed=False)
+        with pytest.raises(TransportFullError, match="cannot connect"):
+            transport.send(address, [b"x"])
+        transport.close()
+
+    asyncio.run(run())
+
+
 def test_heartbeats_are_admitted_from_strangers() -> None:
     async def run() -> None:
         network: Network = {}

@@ -19,6 +19,7 @@ from epd_services.cli.terminal import three_lines
 from epd_services.settings import Settings, load_settings
 from epd_services.stack import Stack, first_api_key, free_port, port_problem
 from epd_services.stack import _reason as reason
+from epd_services.supervisor import ProcessPlan, Supervisor, _Child
 
 
 @pytest.fixture(autouse=True)
@@ -133,3 +134,32 @@ def test_stop_before_ready_is_noticed() -> None:
 
     assert asyncio.run(run(True)) is False
     assert asyncio.run(run(False)) is True
+
+
+def test_a_process_that_is_started_again_during_the_stop_ends_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scenario() -> None:
+        supervisor = Supervisor(settings_in(tmp_path, drain_seconds=1.0))
+        child = _Child(ProcessPlan("w", ["sleep", "60"], {}))
+        supervisor._children.append(child)
+        launch = supervisor._launch
+        await launch(child)
+
+        async def slowly(child: _Child) -> None:
+            await asyncio.sleep(0.2)
+            await launch(child)
+
+        monkeypatch.setattr(supervisor, "_launch", slowly)
+        supervisor._watchers.append(asyncio.create_task(supervisor._watch(child)))
+        assert child.process is not None
+        child.process.kill()
+        await asyncio.sleep(0.1)
+        try:
+            async with asyncio.timeout(5):
+                await supervisor.stop()
+        finally:
+            supervisor.kill()
+        assert child.process.returncode is not None
+
+    asyncio.run(scenario())

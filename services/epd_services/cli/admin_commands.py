@@ -16,6 +16,7 @@ from epd_services.admin.tables import (
     status_table,
 )
 from epd_services.cli.terminal import note, print_json, show_table, three_lines
+from epd_services.gateway.switches import PHASES
 
 __all__ = ["FAILED", "INTERRUPTED", "REFUSED", "UNREACHABLE", "with_client"]
 
@@ -99,7 +100,7 @@ def _follow(client: AdminClient, record: dict[str, Any], *, quiet: bool) -> dict
     told: set[str] = set()
     try:
         while True:
-            for phase in record["phases"].keys() - told - {"total"}:
+            for phase in (p for p in PHASES if p in record["phases"].keys() - told - {"total"}):
                 told.add(phase)
                 if not quiet:
                     print(f"  {phase:<8}{record['phases'][phase]:8.3f} s", flush=True)

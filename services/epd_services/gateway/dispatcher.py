@@ -247,11 +247,15 @@ class PipelineDispatcher:
         announced = 0.0
         while True:
             await asyncio.sleep(self._limits.tick)
-            self._apply(self._membership.expire())
-            self.roles.tick()
-            if self._clock() - announced >= self._limits.peers_every:
-                announced = self._clock()
-                self._announce()
+            try:
+                self._apply(self._membership.expire())
+                self.roles.tick()
+                if self._clock() - announced >= self._limits.peers_every:
+                    announced = self._clock()
+                    self._announce()
+            except Exception:
+                # without this watch nobody would notice a dead worker again
+                _log.exception("watch failed")
 
 
 def _stage_order(stages: StageSet) -> tuple[int, ...]:
