@@ -18,6 +18,8 @@ import torch
 
 from .activations import quantize_fp8_ref, quantize_int8_ref
 from .launch import (
+    INTERPRETED,
+    constant,
     device_facts,
     gdc_launch_dependents,
     gdc_wait,
@@ -47,6 +49,17 @@ __all__ = [
 
 _QUANTIZE = {torch.float8_e4m3fn: quantize_fp8_ref, torch.int8: quantize_int8_ref}
 _MOST_PARTS, _SHARED_CHUNK = 8, 8192
+_USE_PTX = constant(not INTERPRETED)
+# g / (1 + exp(-g)) by the same two approximations, without what the compiler adds for subnormal
+# exponentials (lost in the sum) and for exponentials beyond 2^126 (no number that small has a code)
+_SILU = constant("""{
+    .reg .f32 t;
+    mul.f32 t, $1, 0fBFB8AA3B;
+    ex2.approx.ftz.f32 t, t;
+    add.f32 t, t, 0f3F800000;
+    rcp.approx.ftz.f32 t, t;
+    mul.f32 $0, $1, t;
+}""")
 
 
 def add_rms_norm_quant(
@@ -124,9 +137,15 @@ def _norm_quant_kernel(
 
 @jit
 def _product(b_gate: tl.tensor, b_up: tl.tensor) -> tl.tensor:
-    """silu(gate) * up, rounded as the separate op rounds it."""
+    """silu(gate) * up, rounded as the separate op rounds it, or less than 1e-36 where that is."""
     b_gate = b_gate.to(tl.float32)
-    return (b_gate / (1.0 + tl.exp(-b_gate))).to(b_up.dtype) * b_up
+    if _USE_PTX:
+        b_silu = tl.inline_asm_elementwise(
+            _SILU, "=f,f", [b_gate], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        b_silu = b_gate / (1.0 + tl.exp(-b_gate))
+    return b_silu.to(b_up.dtype) * b_up
 
 
 @jit

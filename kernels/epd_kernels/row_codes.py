@@ -1,10 +1,12 @@
 """Rows of activations that a program holds in registers, and codes with one scale per row.
 
 A row is a tuple of chunks, so that a width which is no power of two wastes little; all chunks are
-loaded before the first is used. Its numbers are divided by one scale each, which would take longer
+loaded before the first is used. All its numbers are divided by one scale, which would take longer
 than all else: done by the reciprocal y = round(1 / scale), q = round(x y) is off by less than two
-units in the last place, a step q + y (x - q scale) brings it within one, and from there a second
-step rounds it correctly (Markstein, 1990: y is correctly rounded, x - q scale fused and exact).
+units in the last place, a step q - y (q scale - x) brings it within one, and from there a second
+step rounds it correctly (Markstein, 1990: y is correctly rounded, q scale - x fused and exact).
+Numbers of at most 11 digits, as 16-bit ones are, are right after one step: all of them were tried,
+over every scale. Written with q scale - x, steps keep the sign of a zero.
 
 Where fp32 cannot be cast to e4m3 (Triton's interpreter drops the carry and does not saturate) it
 is encoded by integer arithmetic instead. For |x| >= 2^-6 the exponent is rebased by 120 and 20
@@ -80,15 +82,15 @@ def row_scale(b_peak: tl.tensor, LARGEST: tl.constexpr, FLOOR: tl.constexpr) -> 
 
 
 @jit
-def _quotients(b_x: tl.tensor, b_scale: tl.tensor) -> tl.tensor:
-    """Many numbers over one scale, correctly rounded unless tiny."""
+def _quotients(b_x: tl.tensor, b_scale: tl.tensor, STEPS: tl.constexpr) -> tl.tensor:
+    """fp32 numbers over one scale, correctly rounded unless tiny."""
     if not _REFINED:
         return tl.div_rn(b_x, b_scale + tl.zeros_like(b_x))
     b_inverse = tl.div_rn(1.0, b_scale) + tl.zeros_like(b_x)
-    b_minus = -b_scale + tl.zeros_like(b_x)
+    b_scale += tl.zeros_like(b_x)
     b_q = b_x * b_inverse
-    for _ in tl.static_range(2):
-        b_q = tl.fma(tl.fma(b_q, b_minus, b_x), b_inverse, b_q)
+    for _ in tl.static_range(STEPS):
+        b_q = tl.fma(tl.fma(b_q, b_scale, -b_x), -b_inverse, b_q)
     return b_q
 
 
@@ -98,7 +100,8 @@ def store_codes(
     ENCODE: tl.constexpr,
 ) -> None:  # fmt: skip
     """Store the codes of numbers over one scale; as bytes where they are encoded by hand."""
-    b_q = _quotients(b_x.to(tl.float32), b_scale)
+    STEPS: tl.constexpr = 2 if b_x.dtype.primitive_bitwidth > 16 else 1
+    b_q = _quotients(b_x.to(tl.float32), b_scale, STEPS)
     if LARGEST == 448.0 and not ENCODE:
         b_code = b_q.to(p_codes.dtype.element_ty)  # saturates
     else:
