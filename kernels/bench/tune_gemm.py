@@ -31,36 +31,46 @@ FOLDED_FROM = 64  # tokens, below which promoting each group is the faster way
 SHORT = Windows(5, 3.0)
 
 
-def candidates(m: int, bits: int) -> list[GemmConfig]:
-    """The launches worth trying for `m` tokens, as (rows, tokens, warps, stages) by spans of K.
+# (rows, tokens, warps), and of those each (stages, steps of 128 inputs per trip)
+FEWEST = {(64, 16, 4): ((4, 1), (5, 1), (6, 1), (3, 2), (4, 2), (5, 2)),
+          (128, 16, 4): ((4, 1), (6, 1), (3, 2), (4, 2))}  # fmt: skip
+UP_TO_32 = {(64, 32, 4): ((4, 1), (5, 1), (3, 2), (4, 2)),
+            (128, 32, 4): ((4, 1), (5, 1), (3, 2))}  # fmt: skip
+UP_TO_64 = {(64, 64, 4): ((3, 1), (4, 1), (5, 1), (2, 2), (3, 2), (4, 2)),
+            (128, 64, 4): ((4, 1), (5, 1), (2, 2), (3, 2)),
+            (128, 64, 8): ((4, 1), (3, 2))}  # fmt: skip
+UP_TO_128 = {(64, 64, 4): ((3, 1), (4, 1), (2, 2)), (64, 128, 4): ((3, 1), (2, 2), (3, 2)),
+             (128, 64, 4): ((4, 1), (2, 2), (3, 2)), (128, 128, 4): ((3, 1), (4, 1)),
+             (128, 128, 8): ((4, 1), (2, 2), (3, 2))}  # fmt: skip
+MORE = {(64, 128, 4): ((3, 1), (2, 2)), (128, 64, 4): ((4, 1),), (128, 128, 4): ((3, 1), (4, 1)),
+        (128, 128, 8): ((3, 1), (4, 1), (2, 2))}  # fmt: skip
+WIDEST = {(64, 256, 4): ((2, 1), (3, 1)), (128, 256, 8): ((2, 1), (3, 1))}
 
-    Three spans also even out how many tiles a multiprocessor is given. With s stages loads are
-    s - 2 steps ahead of their use. All wait for the kernel ahead by themselves.
+
+def candidates(scheme: str, m: int) -> list[GemmConfig]:
+    """The launches worth trying for `m` tokens: tiles, by spans of K or with their rest cut.
+
+    With s stages loads are s - 2 steps ahead of their use. All wait for the kernel ahead by
+    themselves.
     """
-    if m <= 16:
-        tiles = [(64, 16, 4, 4), (64, 16, 4, 5), (64, 16, 4, 6), (128, 16, 4, 4), (128, 16, 4, 6)]
-        spans = [1, 2, 4, 6]
-    elif m <= 32:
-        tiles = [(64, 32, 4, 4), (64, 32, 4, 5), (128, 32, 4, 4), (128, 32, 4, 5)]
-        spans = [1, 2, 4]
-    elif m <= 64:
-        tiles = [(64, 64, 4, 4), (128, 64, 4, 4), (128, 64, 4, 5), (128, 64, 8, 4), (128, 64, 8, 6)]
-        spans = [1, 2, 4]
-    elif m <= 128:
-        tiles = [(64, 64, 4, 4), (64, 128, 4, 3), (128, 64, 4, 4), (128, 128, 4, 4),
-                 (128, 128, 8, 3), (128, 128, 8, 4)]  # fmt: skip
-        spans = [1, 2, 3, 4]
-    else:
-        tiles = [(64, 128, 4, 3), (128, 64, 4, 4), (128, 128, 4, 4), (128, 128, 8, 3),
-                 (128, 128, 8, 4)]  # fmt: skip
-        spans = [1, 2] if m <= 256 else [1]
-    if bits == 16:
-        tiles = [t for t in tiles if t[0] * t[1] <= 64 * 128 and t[3] <= 4]
+    limits = ((16, FEWEST, (1, 2, 4, 6)), (32, UP_TO_32, (1, 2, 4)), (64, UP_TO_64, (1, 2, 4)),
+              (128, UP_TO_128, (1, 2, 4)), (256, MORE, (1, 2)))  # fmt: skip
+    tiles, spans = next(((t, s) for most, t, s in limits if m <= most), (MORE, (1,)))
+    if "folded" in scheme and m > 128:
+        tiles = tiles | WIDEST
+    wide = "w4a16" in scheme
     found = [
-        GemmConfig(rows, tokens, splits, warps, stages, early=True)
-        for (rows, tokens, warps, stages), splits in product(tiles, spans)
+        GemmConfig(rows, tokens, splits, warps, stages, early=True, unroll=steps)
+        for (rows, tokens, warps), depths in tiles.items()
+        if not wide or rows * tokens <= 64 * 128
+        for (stages, steps), splits in product(depths, spans)
+        if not wide or (stages <= 4 and steps == 1)
     ]
-    if m > 16 or bits == 16:
+    if m > 64 and not wide:
+        found += [
+            replace(c, splits=4, cut=True) for c in found if c.splits == 1 and c.block_m == 128
+        ]
+    if m > 16 or wide:
         return found
     # as tiles ask for the same few activations together, some spread them over K
     found += [replace(c, turned=True) for c in found if c.splits == 1]
@@ -76,6 +86,8 @@ def taken(config: GemmConfig, scheme: str, k: int) -> bool:
 def fills(config: GemmConfig, m: int, n: int, sms: int) -> bool:
     """Whether the programs of a launch are neither too few for the device nor split for nothing."""
     tiles = -(-m // config.block_m) * -(-n // config.block_n)
+    if config.cut:
+        return tiles > sms and tiles % sms > 0
     return tiles * config.splits >= sms // 2 and (config.splits == 1 or tiles < 2 * sms)
 
 
@@ -86,7 +98,7 @@ def compile_candidates(scheme: str, k: int, buckets: list[int], share: int, shar
     case = Case(SCHEMES[scheme], weight, copies=1)
     codes, scales = case.quantized(torch.ones(16, k, dtype=torch.bfloat16, device="cuda"))
     for m in buckets:
-        for config in candidates(m, 8 * codes.element_size()):
+        for config in candidates(scheme, m):
             variant = replace(config, splits=min(config.splits, 2))
             if variant in seen or not taken(config, scheme, k):
                 continue
@@ -149,7 +161,7 @@ class Tuner:
         times: dict[GemmConfig, float] = {}
         sms = torch.cuda.get_device_properties(0).multi_processor_count
         n, k = case.shape
-        for config in candidates(m, 8 * codes.element_size()):
+        for config in candidates(case.scheme.name, m):
             if not (taken(config, case.scheme.name, k) and fills(config, m, n, sms)):
                 continue
             times[config] = self._time(case, codes, scales, expected, config)

@@ -33,7 +33,7 @@ from .packing import TILE_K, Format, PackedWeight
 from .w4_dequant import dequantize_fp8_ref, fp8_row_scales, widened
 from .w4_epilogue import Spans, finish, placed, residual_stride
 from .w4_gemm import padded
-from .w4_operands import await_products, joined
+from .w4_operands import await_products, joined, load_tokens
 
 __all__ = ["FoldedScales", "fold_scales", "folds", "w4a8_fp8_folded", "w4a8_fp8_folded_ref"]
 
@@ -192,7 +192,7 @@ def _folded_kernel(
     b_acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     for i_trip in tl.range(first, last, num_stages=STAGES):
         i = i_trip * UNROLL
-        b_x = tl.load(p_x + i * 128)
+        b_x = load_tokens(p_x + i * 128, o_m < M)
         b_w = _operand(tl.load(p_data + i * TILE), tl.load(p_ratios + i * N), USE_PTX, ENCODE)
         if UNROLL == 2:
             b_next = tl.load(p_data + (i + 1) * TILE)

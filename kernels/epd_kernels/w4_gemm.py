@@ -36,7 +36,7 @@ from .launch import (
 from .packing import TILE_K, Format, PackedWeight
 from .w4_epilogue import Spans, finish, placed, residual_stride
 from .w4_few import takes_few, w4_few_triton
-from .w4_operands import await_products, operands, wide_operand
+from .w4_operands import await_products, load_tokens, operands, wide_operand
 
 __all__ = ["padded", "w4_gemm", "w4_gemm_ref"]
 
@@ -153,6 +153,7 @@ def _w4_gemm_kernel(
         o_data = o_row.to(tl.int64) * (K // 2)
     p_data = data + o_data[:, None] + o_j[None, :]
     p_x = x + o_token[None, :] * stride_x + tl.arange(0, WIDTH)[:, None]
+    m_m = o_m < M
     p_sums = sums + o_token * (K // SPAN)
     b_acc = tl.zeros((BLOCK_N, BLOCK_M), HELD)
     for i_trip in tl.range(first, last, num_stages=STAGES):
@@ -160,7 +161,7 @@ def _w4_gemm_kernel(
             i_trip += i_n % (last - first)
             i_trip = tl.where(i_trip < last, i_trip, i_trip - (last - first))
         if BARE:
-            b_x = tl.load(p_x + i_trip * WIDTH)
+            b_x = load_tokens(p_x + i_trip * WIDTH, m_m)
             b_w = wide_operand(
                 p_data, i_trip * UNROLL, TILE, UNROLL, FORMAT, x.dtype.element_ty, USE_PTX
             )
@@ -172,11 +173,11 @@ def _w4_gemm_kernel(
             k = i_tile * 128 + j
             if JOINED:
                 b_w = wide_operand(p_data, i, TILE, 1, FORMAT, x.dtype.element_ty, USE_PTX)
-                b_p = tl.dot(b_w, tl.load(p_x + k), out_dtype=SUM)
+                b_p = tl.dot(b_w, load_tokens(p_x + k, m_m), out_dtype=SUM)
             else:
                 b_q = tl.load(p_data + i_tile * TILE + j)
-                b_xa = tl.load(p_x + k)
-                b_xb = tl.load(p_x + k + 64)
+                b_xa = load_tokens(p_x + k, m_m)
+                b_xb = load_tokens(p_x + k + 64, m_m)
                 b_a, b_b = operands(b_q, FORMAT, x.dtype.element_ty, USE_PTX)
                 b_p = tl.dot(b_a, b_xa, input_precision="ieee", out_dtype=SUM)
                 if GROUP < 128:

@@ -10,7 +10,7 @@ from typing import Any
 
 from .launch import constant, jit, tl
 
-__all__ = ["await_products", "joined", "operands", "wide_operand"]
+__all__ = ["await_products", "joined", "load_tokens", "operands", "wide_operand"]
 
 # $2 holds four packed bytes; $0 and $1 receive their A and B operands
 _U4_PTX = constant("""
@@ -122,6 +122,17 @@ def wide_operand(
         b_a, b_b = operands(tl.load(p_data + (i + 1) * TILE), FORMAT, dtype, USE_PTX)
         b_w = joined(b_w, joined(b_a, b_b))
     return b_w
+
+
+@jit
+def load_tokens(p_x: tl.tensor, m_m: tl.tensor) -> tl.tensor:
+    """Activations, inputs by tokens; where tokens are few, those of missing ones are not asked for.
+
+    All programs want the same at once, and every request counts.
+    """
+    if m_m.shape[0] <= 32:
+        return tl.load(p_x, mask=m_m[None, :], other=0.0)
+    return tl.load(p_x)
 
 
 @jit
