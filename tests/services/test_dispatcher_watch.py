@@ -1,8 +1,11 @@
-"""The watch over the workers goes on, whatever one look at them brought."""
+"""The watch over the workers goes on, whatever one look at them brought; the page shows them."""
 
 from __future__ import annotations
 
 import asyncio
+import re
+
+from epd_services.gateway.page import page_response
 
 
 def test_a_failing_look_is_not_the_last(world, monkeypatch):
@@ -21,5 +24,19 @@ def test_a_failing_look_is_not_the_last(world, monkeypatch):
                 await asyncio.sleep(0.01)
             assert not watching.done()
             watching.cancel()
+
+    world.run(scenario())
+
+
+def test_the_page_asks_for_columns_that_there_are(world):
+    page = bytes(page_response().body).decode()
+    columns = re.search(r"const COLUMNS = \[(.*?)\];", page, re.DOTALL)
+    assert columns is not None
+    keys = re.findall(r'"(\w+)"\]', columns[1])
+
+    async def scenario():
+        async with world() as w:
+            for worker in w.dispatcher.pipeline()["workers"]:
+                assert len(keys) > 5 and set(keys) <= worker.keys()
 
     world.run(scenario())
