@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from structlog.testing import capture_logs
 
 from epd.config import EngineConfig
 from epd.core import EngineCore
@@ -15,6 +16,8 @@ from epd.models.card import ModelCard
 from epd.models.decoder import Decoder
 from epd.models.vision import VisionEncoder
 from epd.roles import format_stages, parse_stages
+from epd.selection_warm_up import encoder_runs, run_all
+from epd_pruning.dart import Dart
 from epd_services.settings import load_settings
 from epd_services.stage_loader import ModelLoader
 from epd_services.warm_weights import Component, WarmWeights
@@ -215,6 +218,21 @@ def test_choosing_is_warmed_up_once_for_each_half(
         loader.load(parse_stages(letters))
         seen.append(done.copy())
     assert seen == [["encoder"], ["encoder"], *[["encoder", "choice"]] * 3]
+
+
+def test_a_method_that_cannot_be_run_stops_no_worker(
+    card: ModelCard, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Dart, "rank_image", lambda *_: 1 / 0)
+    monkeypatch.setattr(
+        "epd_services.stage_loader.warm_up_encoder",
+        lambda encoder, _: run_all("encode", encoder_runs(encoder, 1)),
+    )
+    loader = ModelLoader(card, device="cpu", dtype=torch.float32, config=CONFIG)
+    with capture_logs() as logs:
+        loader.load(parse_stages("E"))
+    assert loader.parts.encoder is not None
+    assert [log["method"] for log in logs if log["log_level"] == "error"] == ["dart"]
 
 
 @pytest.mark.gpu
