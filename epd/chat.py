@@ -80,9 +80,13 @@ class ChatFormatter:
             -1 if self.card.image_token_id is None else self.card.image_token_id
         )
         if found != wanted:
+            why = (
+                "the model's image token may not appear in text"
+                if found > wanted
+                else "the model's template leaves out images of this role or place"
+            )
             raise InvalidRequestError(
-                f"the prompt holds {found} image placeholders for {wanted} images; "
-                "the model's image token may not appear in text",
+                f"the prompt holds {found} image placeholders for {wanted} images; {why}",
                 "messages",
             )
         return token_ids

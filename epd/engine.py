@@ -141,7 +141,7 @@ class LLM:
         that no part asks for stand before the first question. `pruning` (a spec or its fields,
         one for all or one each) drops vision tokens; a budget of a whole image drops none.
         """
-        single = isinstance(messages, str) or isinstance(messages[0], Mapping)
+        single = isinstance(messages, str) or any(isinstance(m, Mapping) for m in messages[:1])
         conversations: Any = [messages] if single else messages
         given: Any = [images] if single else images or [()] * len(conversations)
         resolved = [
@@ -182,7 +182,7 @@ class LLM:
         A prompt is text or token ids, with one placeholder token per image. `pruning` is as in
         `chat`; a method that reads the question reads the text of the prompt.
         """
-        single = isinstance(prompts, str) or isinstance(prompts[0], int)
+        single = isinstance(prompts, str) or any(isinstance(p, int) for p in prompts[:1])
         many: Any = [prompts] if single else prompts
         given: Any = [images] if single else images or [()] * len(many)
         ids = [self.formatter.encode(p) if isinstance(p, str) else p for p in many]

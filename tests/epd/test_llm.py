@@ -148,6 +148,11 @@ def test_a_repeated_picture_is_a_prefix_hit(llm: LLM):
     assert other.token_ids != again.token_ids
 
 
+def test_nothing_asked_is_nothing_answered(llm: LLM):
+    assert llm.chat([]) == []
+    assert llm.generate([]) == []
+
+
 def test_seeded_draws_repeat_and_seeds_differ(llm: LLM):
     def draw(seed: int) -> list[int]:
         sampling = SamplingParams(temperature=1.5, seed=seed, max_tokens=16, ignore_eos=True)

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import base64
+import contextlib
+import http.client
 import io
 import time
 
+import openai
 import pytest
 from PIL import Image
 
 from epd.errors import RoleError
 from epd_services.gateway.errors import envelope
+from epd_services.gateway.fake import FakeDispatcher
+from epd_services.gateway.settings import GatewaySettings
 
 
 def asked(*urls, **fields):
@@ -26,6 +31,11 @@ TEXTS = {
         {"messages": [{"role": "user", "content": []}]},
         400,
         "messages[0].content: List should have at least 1 item",
+    ),
+    "an image out of place": (
+        {"messages": [{**asked("data:image/png;base64,AAAA")["messages"][0], "role": "system"}]},
+        400,
+        "the prompt holds 0 image placeholders for 1 images; the model's template leaves out",
     ),
     "seventeen stops": (asked(stop=["a"] * 17), 400, "stop: List should have at most 16 items"),
 }
@@ -62,3 +72,25 @@ def test_an_image_beside_a_refused_one_takes_nothing_from_the_budget(gateway):
     ):
         time.sleep(0.02)
     assert held == 0
+
+
+def test_a_deadline_that_passed_is_not_retried_by_clients(start_gateway):
+    gateway = start_gateway(FakeDispatcher(), request_seconds=0.2)
+    gateway.say("too late", first_delay=5.0)
+    client = openai.OpenAI(base_url=f"{gateway.url}/v1", api_key="none", max_retries=2)
+    with client, pytest.raises(openai.APIStatusError) as caught:
+        client.chat.completions.create(**asked(), model="demo")
+    assert caught.value.status_code == 408
+    assert len(gateway.dispatcher.generations) == 1
+
+
+def test_idle_connections_stay_for_those_that_reuse_them(start_gateway):
+    gateway = start_gateway(FakeDispatcher(), idle_seconds=0.5)
+    client = http.client.HTTPConnection("127.0.0.1", gateway.port, timeout=5)
+    with contextlib.closing(client):
+        for pause in (0.0, 0.25):
+            time.sleep(pause)
+            client.request("GET", "/live")
+            assert client.getresponse().read() == b'{"status":"live"}'
+        assert client.sock.recv(1) == b""
+    assert GatewaySettings().idle_seconds > 60

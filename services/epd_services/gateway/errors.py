@@ -111,6 +111,9 @@ def error_response(error: EPDError, request_id: str) -> JSONResponse:
     headers = {}
     if status in (429, 503):
         headers["Retry-After"] = str(max(1, math.ceil(getattr(error, "retry_after", 1.0))))
+    if status == 408:
+        # OpenAI's clients repeat a 408 by themselves; the same work would be late again
+        headers["X-Should-Retry"] = "false"
     if status == 401:
         headers["WWW-Authenticate"] = "Bearer"
     if status == 413:

@@ -69,6 +69,8 @@ def server_config(app: FastAPI, settings: GatewaySettings, **options: Any) -> uv
         log_config=None,
         access_log=False,
         server_header=False,
+        # longer than proxies keep theirs, or they send into a connection that is being closed
+        timeout_keep_alive=settings.idle_seconds,  # type: ignore[arg-type]
         h11_max_incomplete_event_size=settings.max_header_bytes,
         **options,
     )

@@ -47,6 +47,7 @@ class GatewaySettings(BaseSettings):
     max_header_bytes: int = Field(64 * 1024, ge=1024)
     intake_bytes: int = Field(1024 * MiB, ge=MiB, description="bodies and pixels held at once")
     head_seconds: float = Field(10.0, gt=0, description="a request's head may take this long")
+    idle_seconds: float = Field(75.0, gt=0, description="an unused connection stays this long")
     max_connections: int = Field(2048, ge=1)
 
     max_images: int = Field(8, ge=0)
