@@ -7,6 +7,7 @@ from __future__ import annotations
 import ipaddress
 import os
 import tomllib
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,9 +18,11 @@ from epd.config import EngineConfig
 from epd.errors import ConfigError
 from epd_services.gateway.settings import GatewaySettings
 
-__all__ = ["Settings", "load_settings"]
+__all__ = ["Settings", "load_settings", "unknown_variables"]
 
 MiB = 1 << 20
+# read by single commands, or passed on by one process to another
+_OTHER_VARIABLES = frozenset({"CONFIG", "URL", "API_KEY", "ADMIN_URL", "SUPERVISOR_PID"})
 
 
 class Settings(GatewaySettings):
@@ -193,6 +196,18 @@ def load_settings(config: Path | None = None, **flags: Any) -> tuple[Settings, d
         for name in fields
     }  # fmt: skip
     return settings, origin
+
+
+def unknown_variables() -> list[str]:
+    """What each `EPD_…` variable that is no setting may have been meant to be, one line each."""
+    names = {name.upper() for name in Settings.model_fields} | _OTHER_VARIABLES
+    given = (name.removeprefix("EPD_") for name in os.environ if name.startswith("EPD_"))
+    lines = []
+    for name in sorted(set(given) - names):
+        alike = get_close_matches(name, names, 1)
+        meant = f"; EPD_{alike[0]}?" if alike else ""
+        lines.append(f"EPD_{name[:64]} is no setting{meant}")
+    return lines
 
 
 def _read_toml(path: Path) -> dict[str, Any]:

@@ -53,6 +53,14 @@ def test_wrong_settings_fail(monkeypatch: pytest.MonkeyPatch) -> None:
     assert states()["settings"] == "fail"
 
 
+def test_a_variable_that_is_no_setting_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not doctor.unknown_variables()
+    monkeypatch.setenv("EPD_MAX_INFLIGT", "8")
+    monkeypatch.setenv("EPD_API_KEY", "a-key-for-epd-ask")
+    assert doctor.unknown_variables() == ["EPD_MAX_INFLIGT is no setting; EPD_MAX_INFLIGHT?"]
+    assert states()["settings"] == "warn"
+
+
 def test_a_port_in_use_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))

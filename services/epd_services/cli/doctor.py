@@ -21,7 +21,7 @@ from epd.models.card import ModelCard
 from epd.roles import parse_topology
 from epd_services.cli.terminal import print_json, show_table, table
 from epd_services.progress import progress
-from epd_services.settings import Settings, load_settings
+from epd_services.settings import Settings, load_settings, unknown_variables
 from epd_services.stack import port_problem
 
 __all__ = ["Check", "doctor", "run_checks"]
@@ -61,6 +61,7 @@ def run_checks(config: Path | None = None) -> list[Check]:
         return [_packages(), Check("settings", "fail", str(error), "epd config show")]
     changed = sorted(name for name, source in origin.items() if source != "default")
     checks = [_packages(), Check("settings", "ok", ", ".join(changed) or "all at their defaults")]
+    checks += [Check("settings", "warn", line, "epd config show") for line in unknown_variables()]
     with progress("checking", len(_CHECKS)) as advance:
         for done, (name, check) in enumerate(_CHECKS):
             advance(done, name)

@@ -20,6 +20,7 @@ from epd.roles import format_topology, parse_topology
 from epd_services.cli.terminal import note, usage_error
 from epd_services.client import chat_body
 from epd_services.logs import configure_logs
+from epd_services.settings import unknown_variables
 from epd_services.stack import Stack, port_problem
 
 if TYPE_CHECKING:
@@ -56,6 +57,8 @@ def preflight(settings: Settings) -> ModelCard:
         settings.model or CHECKPOINT, name=None if settings.model else BUILT_IN_NAME
     )
     asyncio.run(_check_cache(settings.cache_url))
+    for line in unknown_variables():
+        note(f"warning: {line}")
     if settings.http_is_open:
         note(f"warning: anybody who reaches {settings.host} may use this; see --api-key-file")
     return card

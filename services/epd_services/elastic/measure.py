@@ -7,6 +7,7 @@ The clock is the thread's own: it stands still while other processes have the co
 
 from __future__ import annotations
 
+import argparse
 import statistics
 import sys
 import time
@@ -98,11 +99,14 @@ def fitted(rows: list[Row], stage: str) -> tuple[float, float]:
     return 0.0, slope
 
 
-def main(arguments: list[str]) -> int:
+def main(arguments: list[str] | None = None) -> int:
     """Measure, write the file, print the fits; the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("out", type=Path, nargs="?", default=Path("elastic_times.csv"))
+    out = parser.parse_args(arguments).out
     facts = machine(command="python -m epd_services.elastic.measure")
     rows = [facts | row for row in measure()]
-    write_csv(Path(arguments[0] if arguments else "elastic_times.csv"), rows)
+    write_csv(out, rows)
     for stage in ("encode", "prefill", "decode"):
         base, per_item = fitted(rows, stage)
         print(f"{stage}: {1000 * base:.2f} ms + {1000 * per_item:.2f} ms each")
@@ -110,4 +114,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())
