@@ -34,9 +34,10 @@ class Scheme(Enum):
 
 # from so many tokens on, widening the weight to FP8 first is faster (measured on an H200)
 _WIDENED_FROM = 512
-# and from more tokens than that, and so many outputs in all, folding scales into the FP8 operand:
-# below, tiles of 128 rows and tokens would not fill the device
-_FOLDED_BEYOND, _FOLDED_OUTPUTS = 64, 1 << 21
+# but between so many tokens folding scales into the FP8 operand is, from so many outputs in all on:
+# fewer would not fill the device with wide tiles, and widening needs no tiles of ours
+_FOLDED_BEYOND, _FOLDED_BELOW = 64, 1024
+_FOLDED_OUTPUTS, _FOLDED_NOT_WIDENED = 1 << 21, 1 << 22
 _EIGHT_BIT = {Scheme.W4A8_FP8: torch.float8_e4m3fn, Scheme.W4A8_INT8: torch.int8}
 _QUANTIZE = {Scheme.W4A8_FP8: quantize_fp8, Scheme.W4A8_INT8: quantize_int8}
 
@@ -55,8 +56,9 @@ class QuantLinear(nn.Module):
 
     On a GPU this is one packed GEMM over a weight in tiles; from 2^21 outputs on W4A8-FP8 folds
     group scales into the weight as it is decoded, where groups have 128 inputs and no zeros. From
-    512 tokens on the weight is widened instead, to FP8 or for W4A16 to 16 bits, for the length of
-    the call (N * K elements), and the vendor multiplies; W4A8-INT8 stays with the packed GEMM.
+    512 tokens on (1,024 where folding has 2^22 outputs to fill the device with) the weight is
+    widened instead, to FP8 or for W4A16 to 16 bits, for the length of the call (N * K elements),
+    and the vendor multiplies; W4A8-INT8 stays with the packed GEMM.
     On a CPU the weight is unpacked at first use and kept: as int8 codes for W4A8-INT8 with one
     group per row, where torch's integer product is exact and (measured with AMX, 2048 x 1024) 2 to
     7 times as fast as fp32, and otherwise dequantised, since unpacking at every call costs several
@@ -115,13 +117,13 @@ class QuantLinear(nn.Module):
         """
         if not codes.is_cuda:
             out = self._on_cpu(codes, scales, dtype)
-        elif self._is_widened(codes):
-            out = self._widened(codes, scales, dtype)
         elif self._folded is not None and scales is not None and self._is_folded(len(codes)):
             return w4a8_fp8_folded(
                 codes, self.weight, out_dtype=dtype, x_scales=scales, bias=self.bias,
                 residual=residual, folded=self._folded,
             )  # fmt: skip
+        elif self._is_widened(codes):
+            out = self._widened(codes, scales, dtype)
         else:
             return w4_gemm(
                 codes, self.weight, out_dtype=dtype, x_scales=scales, bias=self.bias,
@@ -146,7 +148,10 @@ class QuantLinear(nn.Module):
 
     def _is_folded(self, tokens: int) -> bool:
         """Whether folding is the faster way to multiply so many tokens."""
-        return tokens > _FOLDED_BEYOND and tokens * self.out_features >= _FOLDED_OUTPUTS
+        outputs = tokens * self.out_features
+        if tokens >= _WIDENED_FROM:
+            return tokens < _FOLDED_BELOW and outputs >= _FOLDED_NOT_WIDENED
+        return tokens > _FOLDED_BEYOND and outputs >= _FOLDED_OUTPUTS
 
     def _is_widened(self, codes: torch.Tensor) -> bool:
         """Whether the vendor's product over a widened weight is the faster one, and takes it."""
