@@ -43,10 +43,10 @@ _Name = Annotated[str, Meta(min_length=1, max_length=128)]
 
 @dataclass(frozen=True, slots=True)
 class WireLimits:
-    """The largest message a node accepts."""
+    """The largest message a node accepts: the KV of a long prompt, one frame a layer."""
 
-    frame_bytes: int = 256 << 20
-    message_bytes: int = 1 << 30
+    frame_bytes: int = 1 << 30
+    message_bytes: int = 16 << 30
     header_bytes: int = 8 << 20
     buffers: int = 256
 

@@ -9,12 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from epd.errors import EPDError, UnavailableError
+from epd.errors import EPDError, UnavailableError, WireError
 from epd.kv.handoff import KVHandoff
 from epd.messages import KVBlocks, KVGone, KVOffer, KVPull, KVRelease, KVRenew, MoveDecode
 from epd.stages.base import Host, Payload
 from epd.stages.core_loop import CoreLoop
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = ["LEASE_SECONDS", "KVSource"]
 
@@ -105,9 +109,17 @@ class KVSource:
             return None
         tensors = self._loop.core.export_kv(rid)
         message = KVBlocks(request_id=rid, attempt=attempt)
-        return lambda: self._sent(self._host.post(consumer, message, tensors), rid)
+        return lambda: self._send(consumer, message, tensors)
 
-    def _sent(self, sent: bool, rid: str) -> None:
+    def _send(self, consumer: str, message: KVBlocks, tensors: Sequence[torch.Tensor]) -> None:
+        rid = message.request_id
+        try:
+            sent = self._host.post(consumer, message, tensors)
+        except WireError as error:
+            # too large for a message: no other attempt would fare better
+            self._drop(rid, keep_attempt=True)
+            self._loop.fail(rid, error, retryable=False)
+            return
         if not sent:
             self._lost(rid, "the decode worker cannot be reached")
 

@@ -8,8 +8,9 @@ import threading
 
 import pytest
 
+from epd.errors import WireError
 from epd.kv.handoff import KVHandoff
-from epd.messages import KVOffer, PrefillRequest, RequestFailed, Tokens
+from epd.messages import KVBlocks, KVOffer, KVPull, PrefillRequest, RequestFailed, Tokens
 from epd.request import FinishReason, SamplingParams, TokenOutput
 from epd.stages.core_loop import CoreLoop
 from epd.stages.kv_source import LEASE_SECONDS, KVSource
@@ -75,6 +76,9 @@ class Core:
             result.handoffs = names
         return result
 
+    def export_kv(self, rid):
+        return []
+
     def offer(self, rid):
         return handoff(rid, 100 + self.held[rid])
 
@@ -89,6 +93,8 @@ class Host:
         self.emitted.append(message)
 
     def post(self, to, message, tensors=()):
+        if isinstance(message, KVBlocks):
+            raise WireError("oversized message")
         self.posted.append((to, message))
         return True
 
@@ -217,5 +223,22 @@ def test_an_offer_that_nobody_took_up_is_told(bench):
             assert (failure.attempt, failure.retryable) == (1, True)
             assert not b.source.leases and not b.loop.attempts
             await b.until(lambda: not b.core.held)
+
+    asyncio.run(scenario())
+
+
+def test_kv_that_cannot_travel_ends_its_request_alone(bench):
+    async def scenario():
+        async with bench() as b:
+            b.core.go.set()
+            b.ask(1)
+            await b.until(lambda: b.source.leases)
+            b.source.pull("d", KVPull(request_id="q", attempt=1), ())
+            await b.until(lambda: b.host.told(RequestFailed))
+            (failure,) = b.host.told(RequestFailed)
+            assert not failure.retryable and "oversized" in failure.message
+            assert not b.source.leases
+            b.ask(2)
+            await b.until(lambda: b.source.leases)
 
     asyncio.run(scenario())

@@ -184,3 +184,10 @@ def test_only_private_or_keyed_addresses_may_be_bound(tmp_path: Path) -> None:
     for address in ("tcp://0.0.0.0:5555", "tcp://127.0.0.1:*", f"ipc://{open_dir}/a", "inproc://a"):
         with pytest.raises(ConfigError):
             check_bind(address, keyed=False)
+
+
+def test_the_kv_of_a_full_context_may_travel() -> None:
+    """LLaVA-1.5-7B in bf16: 32 layers of 32 heads of 128 channels, 4,096 positions."""
+    layer = 2 * 4096 * 32 * 128 * 2
+    assert layer <= WireLimits().frame_bytes
+    assert 32 * layer <= WireLimits().message_bytes
