@@ -13,7 +13,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     `layer_pruning` names a method that prunes inside the decoder for requests that ask for it, and
     the layers after which it does ("adaptinfer", "adaptinfer:1,3,4"); None: no request may. `kv`
     is how keys and values are held: bf16 (the model's dtype), fp8, int4, or auto, which is what the
-    checkpoint was quantised for. On a GPU decode steps are replayed as CUDA graphs, unless
+    checkpoint was quantised for. On a GPU small steps are replayed as CUDA graphs, unless
     `cuda_graphs` is off, within `graph_memory_bytes`.
     """
 
