@@ -97,7 +97,7 @@ class Settings(GatewaySettings):
     layer_pruning: str | None = Field(
         None, description="prune inside the decoder: adaptinfer[:LAYERS]"
     )
-    cuda_graphs: bool = Field(True, description="on a GPU, replay small steps and the vision tower as CUDA graphs")
+    cuda_graphs: bool = Field(True, description="on a GPU, replay small steps as CUDA graphs")
     graph_memory_bytes: int = Field(
         1024 * MiB, ge=0, description="limit of what CUDA graphs take; further steps run eagerly"
     )
