@@ -194,7 +194,7 @@ class QuantLinear(nn.Module):
         """Bytes of packed codes, scales, zeros and bias; not what a CPU keeps unpacked."""
         held = [self.weight.data, self.weight.scales, self.weight.zeros, self.bias]
         if self._folded is not None:
-            held.append(self._folded.ratios)
+            held.append(self._folded.tables)
         return sum(t.numel() * t.element_size() for t in held if t is not None)
 
     def extra_repr(self) -> str:

@@ -6,7 +6,7 @@
 
 `w4_gemm` promotes every group to fp32 with its scale. That costs little while tokens are few; from
 some dozens on it takes a second set of accumulators, and with it the registers of a third program
-per multiprocessor. Here a group's scale is in the eight bytes T, which fit two registers: four
+per multiprocessor. Here a group's scale is in the eight bytes T, which come as two words: four
 codes find their bytes with one byte permutation, signs are or-ed in, and the whole row is summed in
 one set of accumulators. The numbers are those of `w4a8_fp8_large`, which writes the same w8 to
 memory, and so is the arithmetic: sums in the tensor core's own accumulator of about 14 bits.
@@ -20,7 +20,6 @@ import torch
 
 from .errors import FormatError
 from .launch import (
-    INTERPRETED,
     GemmConfig,
     constant,
     device_facts,
@@ -30,34 +29,16 @@ from .launch import (
     tl,
 )
 from .packing import TILE_K, Format, PackedWeight
-from .w4_dequant import dequantize_fp8_ref, fp8_row_scales, widened
+from .w4_dequant import dequantize_fp8_ref, fp8_row_scales
 from .w4_epilogue import Spans, finish, placed, residual_stride
 from .w4_gemm import padded
 from .w4_operands import await_products, joined, load_tokens
 
 __all__ = ["FoldedScales", "fold_scales", "folds", "w4a8_fp8_folded", "w4a8_fp8_folded_ref"]
 
-# $2 holds a ratio twice, as two fp16; $0 and $1 receive T[0..3] and T[4..7]
-_TABLE = constant("""{
-    .reg .b32 m, p, q;
-    .reg .b16 low, high;
-    mov.b32 m, 0x3C000000;
-    mul.rn.f16x2 p, $2, m;
-    mov.b32 m, 0x42004000;
-    mul.rn.f16x2 q, $2, m;
-    cvt.rn.satfinite.e4m3x2.f16x2 low, p;
-    cvt.rn.satfinite.e4m3x2.f16x2 high, q;
-    mov.b32 $0, {low, high};
-    mov.b32 m, 0x45004400;
-    mul.rn.f16x2 p, $2, m;
-    mov.b32 m, 0x47004600;
-    mul.rn.f16x2 q, $2, m;
-    cvt.rn.satfinite.e4m3x2.f16x2 low, p;
-    cvt.rn.satfinite.e4m3x2.f16x2 high, q;
-    mov.b32 $1, {low, high};
-}""")
-# $2 holds four packed bytes, $3 and $7 the table. The fourth bit of a permutation's selector would
-# copy a sign, so only the three bits of a magnitude may select; A and B come interleaved.
+_LARGEST = 448.0  # of e4m3
+# $2 holds four packed bytes, $3 and $7 the words of T. The fourth bit of a permutation's selector
+# would copy a sign, so only the three bits of a magnitude may select; A and B come interleaved.
 _LOOK_UP = constant("""{
     .reg .b32 at, first, second, a, b;
     and.b32 at, $2, 0x77777777;
@@ -74,12 +55,12 @@ _LOOK_UP = constant("""{
 
 @dataclass(frozen=True, slots=True, eq=False)
 class FoldedScales:
-    """What the folded product needs of a weight's scales: `ratios` int32 `[Gp, N]`, `rows` `[N]`.
+    """What the folded product needs of a weight's scales: `tables` `[2, Gp, N]`, `rows` `[N]`.
 
-    A word holds r twice, as fp16, so that one multiplication makes two entries of T.
+    The first words (int32) hold T[0..3], lowest byte first, the second T[4..7].
     """
 
-    ratios: torch.Tensor
+    tables: torch.Tensor
     rows: torch.Tensor
 
 
@@ -96,8 +77,11 @@ def fold_scales(weight: PackedWeight, row_scales: torch.Tensor | None = None) ->
             f"with groups of {weight.group_size}"
         )
     rows = fp8_row_scales(weight) if row_scales is None else row_scales
-    ratios = (weight.scales / rows).half()
-    return FoldedScales(torch.stack((ratios, ratios), -1).view(torch.int32).squeeze(-1), rows)
+    ratios = (weight.scales / rows).half()[..., None]
+    entries = ratios * torch.arange(8, dtype=torch.float16, device=ratios.device)
+    codes = entries.float().clamp(-_LARGEST, _LARGEST).to(torch.float8_e4m3fn)
+    words = codes.view(torch.int32).movedim(-1, 0)
+    return FoldedScales(words.contiguous(), rows)
 
 
 def w4a8_fp8_folded(
@@ -130,37 +114,38 @@ def w4a8_fp8_folded_ref(
 
 
 @jit
+def _entries(b_low: tl.tensor, b_high: tl.tensor, b_m: tl.tensor) -> tl.tensor:
+    """The bytes T[b_m]."""
+    b_m = b_m.to(tl.int32)
+    return (tl.where(b_m < 4, b_low, b_high) >> (b_m % 4 * 8)).to(tl.uint8)
+
+
+@jit
 def _operand(
-    b_q: tl.tensor, b_ratio: tl.tensor, USE_PTX: tl.constexpr, ENCODE: tl.constexpr
+    b_q: tl.tensor, b_low: tl.tensor, b_high: tl.tensor, USE_PTX: tl.constexpr
 ) -> tl.tensor:
-    """The e4m3 operand of a block of SM7 bytes with a ratio, twice in a word, per row."""
+    """The e4m3 operand of a block of SM7 bytes with the two words of T per row."""
+    b_low = tl.broadcast_to(b_low[:, None], b_q.shape)
+    b_high = tl.broadcast_to(b_high[:, None], b_q.shape)
     if USE_PTX:
-        b_low, b_high = tl.inline_asm_elementwise(
-            _TABLE, "=r,=r,r", [b_ratio], dtype=(tl.int32, tl.int32), is_pure=True, pack=1
-        )
-        b_low = tl.broadcast_to(b_low[:, None], b_q.shape)
-        b_high = tl.broadcast_to(b_high[:, None], b_q.shape)
         b_a, b_b = tl.inline_asm_elementwise(
             _LOOK_UP, "=r,=r,r,r,r,r,r,r,r,r,r", [b_q, b_low, b_high], dtype=(tl.uint8, tl.uint8),
             is_pure=True, pack=4,
         )  # fmt: skip
     else:
-        # a byte is the e4m3 number code / 512
-        b_r = (b_ratio & 0xFFFF).to(tl.uint16).to(tl.float16, bitcast=True) * 512.0
-        b_r = tl.broadcast_to(b_r.to(tl.float16)[:, None], b_q.shape)
-        b_a = widened(b_q & 0x87, b_r, 0.0, ENCODE)
-        b_b = widened(((b_q >> 4) & 0x07) | ((b_q << 4) & 0x80), b_r, 0.0, ENCODE)
+        b_a = _entries(b_low, b_high, b_q & 0x07) | (b_q & 0x80)
+        b_b = _entries(b_low, b_high, (b_q >> 4) & 0x07) | ((b_q << 4) & 0x80)
     return joined(b_a.to(tl.float8e4nv, bitcast=True), b_b.to(tl.float8e4nv, bitcast=True))
 
 
 @jit
 def _folded_kernel(
-    x: tl.tensor, data: tl.tensor, ratios: tl.tensor, row_scales: tl.tensor, x_scales: tl.tensor,
+    x: tl.tensor, data: tl.tensor, tables: tl.tensor, row_scales: tl.tensor, x_scales: tl.tensor,
     bias: tl.tensor, residual: tl.tensor, out: tl.tensor, partial: tl.tensor, arrivals: tl.tensor,
     M: tl.tensor, N: tl.tensor, num_whole: tl.tensor, num_splits: tl.tensor, stride_x: tl.tensor,
     stride_r: tl.tensor, K: tl.constexpr, SPLIT: tl.constexpr, TILED: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, STAGES: tl.constexpr, USE_PTX: tl.constexpr,
-    ENCODE: tl.constexpr, EARLY: tl.constexpr, UNROLL: tl.constexpr, WGMMA: tl.constexpr,
+    EARLY: tl.constexpr, UNROLL: tl.constexpr, WGMMA: tl.constexpr,
 ) -> None:  # fmt: skip
     """BLOCK_N weight rows by BLOCK_M tokens over one span of K, as `placed` says.
 
@@ -188,15 +173,19 @@ def _folded_kernel(
         o_data = o_row.to(tl.int64) * (K // 2)
     p_data = data + o_data[:, None] + o_j[None, :]
     p_x = x + o_token[None, :] * stride_x + tl.arange(0, 128 * UNROLL)[:, None]
-    p_ratios = ratios + o_row
+    p_low, p_high = tables + o_row, tables + (K // 128) * N + o_row
     b_acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     for i_trip in tl.range(first, last, num_stages=STAGES):
         i = i_trip * UNROLL
         b_x = load_tokens(p_x + i * 128, o_m < M)
-        b_w = _operand(tl.load(p_data + i * TILE), tl.load(p_ratios + i * N), USE_PTX, ENCODE)
+        b_w = _operand(
+            tl.load(p_data + i * TILE), tl.load(p_low + i * N), tl.load(p_high + i * N), USE_PTX
+        )
         if UNROLL == 2:
-            b_next = tl.load(p_data + (i + 1) * TILE)
-            b_next = _operand(b_next, tl.load(p_ratios + (i + 1) * N), USE_PTX, ENCODE)
+            i += 1
+            b_next = _operand(
+                tl.load(p_data + i * TILE), tl.load(p_low + i * N), tl.load(p_high + i * N), USE_PTX
+            )
             b_w = joined(b_w, b_next)
         b_acc = tl.dot(b_w, b_x, b_acc)
         await_products(i, WGMMA)
@@ -228,11 +217,11 @@ def w4a8_fp8_folded_triton(
     )  # fmt: skip
     spans = Spans.of(config, tokens, features, torch.float32, out)
     _folded_kernel[(spans.programs,)](
-        x, weight.data, folded.ratios, folded.rows, x_scales, bias, residual, out, spans.partial,
+        x, weight.data, folded.tables, folded.rows, x_scales, bias, residual, out, spans.partial,
         spans.arrivals, tokens, features, spans.whole, spans.count, x.stride(0),
         residual_stride(residual, out), K=width, SPLIT=spans.count > 1, TILED=tiled,
         BLOCK_N=config.block_n, BLOCK_M=config.block_m, STAGES=config.num_stages,
-        USE_PTX=config.use_ptx, ENCODE=INTERPRETED, EARLY=config.early,
+        USE_PTX=config.use_ptx, EARLY=config.early,
         UNROLL=config.unroll if width // TILE_K % config.unroll == 0 else 1,
         WGMMA=device_facts(x.device).arch == 90,
         **config.options,

@@ -69,13 +69,13 @@ def product_of(scheme: str, config: GemmConfig, *, tiled: bool = False) -> dict[
 
 def folded_product(config: GemmConfig) -> dict[str, Any]:
     """The product whose scales are folded into its operand."""
-    types = {"x": "*fp8e4nv", "data": "*u8", "ratios": "*i32", "residual": "*bf16",
+    types = {"x": "*fp8e4nv", "data": "*u8", "tables": "*i32", "residual": "*bf16",
              "out": "*bf16", "arrivals": "*i32", "partial": "*fp32"}  # fmt: skip
     types |= dict.fromkeys(("row_scales", "x_scales"), "*fp32")
     fixed = {
         "bias": None, "residual": None, "K": WIDTH, "SPLIT": config.splits > 1, "TILED": True,
         "BLOCK_N": config.block_n, "BLOCK_M": config.block_m, "STAGES": config.num_stages,
-        "USE_PTX": True, "ENCODE": False, "EARLY": config.early, "UNROLL": config.unroll,
+        "USE_PTX": True, "EARLY": config.early, "UNROLL": config.unroll,
         "WGMMA": True,
     }  # fmt: skip
     return _counted(folded._folded_kernel, types, fixed, config)
