@@ -7,6 +7,7 @@ a known sender, or replayed (sequence not rising).
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -18,11 +19,13 @@ import structlog
 from epd.errors import WireError
 from epd.messages import Heartbeat, Leaving, Message, PeerInfo, Peers
 from epd.transport import Transport, TransportFullError
-from epd.wire import Blob, Codec, Envelope
+from epd.wire import Blob, Codec, Envelope, Frame, Incoming
 
 __all__ = ["GATEWAY", "Identity", "Node"]
 
 GATEWAY = "gateway"
+# a MAC over this much takes milliseconds, over the KV of a long prompt longer than a heartbeat may
+_LARGE_BYTES = 4 << 20
 M = TypeVar("M", bound=Message)
 Handler = Callable[[Envelope, Message, tuple[Blob, ...]], None]
 _log = structlog.get_logger("epd.node")
@@ -105,12 +108,18 @@ class Node:
         while True:
             frames = await self._transport.receive()
             try:
-                incoming = self._codec.decode(frames, self.identity.name)
+                incoming = await self._decoded(frames)
                 self._admit(incoming.envelope, incoming.message)
             except WireError as error:
                 self.rejected[str(error)] += 1
                 continue
             self.dispatch(incoming.envelope, incoming.message, incoming.blobs)
+
+    async def _decoded(self, frames: list[Frame]) -> Incoming:
+        """The checked message; a large one is authenticated beside the event loop."""
+        if self._codec.keyed and sum(map(len, frames)) > _LARGE_BYTES:
+            return await asyncio.to_thread(self._codec.decode, frames, self.identity.name)
+        return self._codec.decode(frames, self.identity.name)
 
     def dispatch(self, envelope: Envelope, message: Message, blobs: tuple[Blob, ...]) -> None:
         """Hand a message to its handler; a handler's exception is logged and counted."""

@@ -110,6 +110,11 @@ class Codec:
         self._header = msgspec.msgpack.Decoder(_Header)
         self._bodies = {tag: msgspec.msgpack.Decoder(cls) for tag, cls in MESSAGES.items()}
 
+    @property
+    def keyed(self) -> bool:
+        """Whether messages carry a MAC."""
+        return self._key is not None
+
     def encode(
         self, envelope: Envelope, message: Message, blobs: Sequence[Blob] = ()
     ) -> list[Frame]:

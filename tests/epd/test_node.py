@@ -1,14 +1,16 @@
 """Nodes: who is heard, and what is dropped and counted."""
 
 import asyncio
+import threading
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
-from epd.messages import Cancel, Heartbeat, PeerInfo, Peers, WorkerStats
+from epd.messages import Cancel, Heartbeat, KVBlocks, PeerInfo, Peers, WorkerStats
 from epd.node import GATEWAY, Identity, Node
 from epd.transport import InMemoryTransport, Transport, TransportFullError, ZmqTransport
-from epd.wire import Codec, Frame
+from epd.wire import Blob, Codec, Frame, Incoming
 
 Network = dict[str, "asyncio.Queue[list[Frame]]"]
 
@@ -48,6 +50,36 @@ def test_messages_arrive_in_order() -> None:
         await pair.settle()
         assert [m.attempt for m in pair.heard] == [0, 1, 2, 3, 4]
         assert not pair.worker.rejected
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize(("size", "beside"), [(1 << 10, False), (5 << 20, True)])
+def test_much_is_authenticated_beside_the_event_loop(size: int, beside: bool) -> None:
+    threads: list[bool] = []
+
+    class Watched(Codec):
+        def decode(self, frames: Sequence[Frame], to: str) -> Incoming:
+            threads.append(threading.current_thread() is not threading.main_thread())
+            return super().decode(frames, to)
+
+    async def run() -> None:
+        network: Network = {}
+        key = bytes(32)
+        a = Node(Identity("a", 1), InMemoryTransport("a", network), Codec(key))
+        b = Node(Identity("b", 1), InMemoryTransport("b", network), Watched(key))
+        a.know([PeerInfo("b", "b", "D", 0, 1)])
+        b.know([PeerInfo("a", "a", "P", 0, 1)])
+        heard: asyncio.Queue[int] = asyncio.Queue()
+        b.on(KVBlocks, lambda _, message, blobs: heard.put_nowait(len(blobs[0].data)))
+        b.on(Cancel, lambda *_: heard.put_nowait(0))
+        a.post("b", KVBlocks(request_id="r", attempt=0), [Blob("uint8", (size,), bytes(size))])
+        a.post("b", cancel())
+        task = asyncio.create_task(b.run())
+        async with asyncio.timeout(10):
+            assert [await heard.get(), await heard.get()] == [size, 0]
+        task.cancel()
+        assert threads == [beside, False]
 
     asyncio.run(run())
 
