@@ -164,9 +164,11 @@ class PrefillPipeline:
             block_size=_BLOCK, num_blocks=batch * (-(-longest // _BLOCK) + 2), max_num_seqs=batch,
             max_batched_tokens=batch * longest, prefix_cache=False,
         )  # fmt: skip
-        return EngineCore(
+        core = EngineCore(
             self.decoder, self.card, config=config, device=self.device, layer_pruner=pruner
         )
+        core.warm_up(compiled=True)  # untimed runs compile and record the few steps that follow
+        return core
 
     def _image(self) -> VisionInputs:
         width = self.card.text.hidden_size
