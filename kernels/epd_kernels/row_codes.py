@@ -28,9 +28,6 @@ __all__ = [
     "load_row",
     "no_chunks",
     "quantize_row",
-    "row_peak",
-    "row_scale",
-    "store_codes",
 ]
 
 _FLOOR = 1e-12
@@ -67,18 +64,12 @@ def e4m3_bits(b_x: tl.tensor) -> tl.tensor:
 
 
 @jit
-def row_peak(b_x: tl.tensor, K: tl.constexpr, BLOCK_K: tl.constexpr) -> tl.tensor:
+def _row_peak(b_x: tl.tensor, K: tl.constexpr, BLOCK_K: tl.constexpr) -> tl.tensor:
     """The largest magnitude of a row, fp32."""
     b_peak = tl.abs(b_x[0])
     for c in tl.static_range(1, (K + BLOCK_K - 1) // BLOCK_K):
         b_peak = tl.maximum(b_peak, tl.abs(b_x[c]))
     return tl.max(b_peak, axis=0).to(tl.float32)
-
-
-@jit
-def row_scale(b_peak: tl.tensor, LARGEST: tl.constexpr, FLOOR: tl.constexpr) -> tl.tensor:
-    """The scale of a row of which `b_peak` is the largest magnitude."""
-    return tl.maximum(tl.div_rn(b_peak, LARGEST), FLOOR)
 
 
 @jit
@@ -95,7 +86,7 @@ def _quotients(b_x: tl.tensor, b_scale: tl.tensor, STEPS: tl.constexpr) -> tl.te
 
 
 @jit
-def store_codes(
+def _store_codes(
     b_x: tl.tensor, b_scale: tl.tensor, p_codes: tl.tensor, mask: tl.tensor, LARGEST: tl.constexpr,
     ENCODE: tl.constexpr,
 ) -> None:  # fmt: skip
@@ -117,11 +108,11 @@ def quantize_row(
     LARGEST: tl.constexpr, FLOOR: tl.constexpr, BLOCK_K: tl.constexpr, ENCODE: tl.constexpr,
 ) -> None:  # fmt: skip
     """Store the codes and the scale of row `i_m`, whose chunks are 0 past its end."""
-    b_scale = row_scale(row_peak(b_x, K, BLOCK_K), LARGEST, FLOOR)
+    b_scale = tl.maximum(tl.div_rn(_row_peak(b_x, K, BLOCK_K), LARGEST), FLOOR)
     tl.store(scales + i_m, b_scale)
     for c in tl.static_range((K + BLOCK_K - 1) // BLOCK_K):
         o_k = c * BLOCK_K + tl.arange(0, BLOCK_K)
-        store_codes(b_x[c], b_scale, codes + i_m * K + o_k, o_k < K, LARGEST, ENCODE)
+        _store_codes(b_x[c], b_scale, codes + i_m * K + o_k, o_k < K, LARGEST, ENCODE)
 
 
 class EightBitTarget:

@@ -114,16 +114,14 @@ def quantisers() -> dict[str, dict[str, Any]]:
         types = {"codes": f"*{dtype}", "scales": "*fp32", "eps": "fp32"}
         types |= dict.fromkeys(("x", "residual", "weight", "total", "gate_up"), "*bf16")
         eight = {"LARGEST": largest, "FLOOR": 1e-12, "ENCODE": False, "EARLY": True}
-        row = {"K": 4096, "BLOCK_K": 2048}
-        inner = {"K": 14336, "BLOCK_K": 2048, "PART": 0}
-        shared = {**inner, "BLOCK_K": 8192, "PART": 2048}
-        for name, kernel, fixed, warps in (
-            ("plain", activations._quantize_kernel, row, 8),
-            ("norm", fused._norm_quant_kernel, {**row, "HAS_RESIDUAL": True}, 8),
-            ("silu", fused._silu_quant_kernel, inner, 8),
-            ("silu-shared", fused._silu_quant_kernel, shared, 32),
+        row, inner = {"K": 4096, "BLOCK_K": 2048}, {"K": 14336, "BLOCK_K": 2048}
+        for name, kernel, fixed in (
+            ("plain", activations._quantize_kernel, row),
+            ("norm", fused._norm_quant_kernel, {**row, "HAS_RESIDUAL": True}),
+            ("silu", fused._silu_quant_kernel, inner),
+            ("silu-many", fused._silu_quant_kernel, {**inner, "BLOCK_K": 4096}),
         ):
-            built = build(kernel, types, {**eight, **fixed}, warps, 3)
+            built = build(kernel, types, {**eight, **fixed}, fixed["BLOCK_K"] // 256, 3)
             found[f"quantize-{name}-{dtype}"] = describe(built) | {
                 "divisions": len(re.findall(r"\bFCHK\b", built.asm["sass"])),
                 "waits": len(re.findall(r"griddepcontrol\.wait", built.asm["ptx"])),
@@ -132,9 +130,10 @@ def quantisers() -> dict[str, dict[str, Any]]:
 
 
 def selection() -> dict[str, dict[str, Any]]:
-    graph, cosines, relevance, sorting, dpp = (
+    graph, cosines, relevance, sorting, dpp, shared = (
         importlib.import_module(f"epd_kernels.{name}")
-        for name in ("graph_score", "cosines", "relevance", "row_sort", "greedy_dpp")
+        for name in ("graph_score", "cosines", "relevance", "row_sort", "greedy_dpp",
+                     "shared_dpp")
     )
 
     def floats(*names: str) -> dict[str, str]:
@@ -172,6 +171,10 @@ def selection() -> dict[str, dict[str, Any]]:
     found["shape"] = build(relevance._shape_kernel, types, {"BLOCK": 1024}, 8, 3)
     types = {**floats("similarity", "relevance", "factors", "gains"), "indices": "*i64",
              "eps": "fp32"}  # fmt: skip
+    found["dpp-shared"] = build(
+        shared._shared_dpp_kernel, types | floats("residual") | {"ranks": "*i64", "arrivals": "*i32"},
+        {"BLOCK_N": 128, "BLOCK_T": 64, "BLOCK_P": 64, "WAITS": True}, 8, 3,
+    )  # fmt: skip
     for size in (231, 576, 1152, 2880):
         block, rows, warps = dpp.dpp_config(size)
         fixed = {"BLOCK_N": block, "BLOCK_T": rows}

@@ -74,21 +74,14 @@ def test_silu_mul_then_quantise(shape, eight, backend):
         _same(run(gate_up, dtype=eight), quantize(product(gate_up)))
 
 
-@pytest.mark.parametrize("eight", EIGHT, ids=str)
-@pytest.mark.parametrize("shape", [(1, 130), (2, 2500), (1, 9001)], ids=str)
-def test_a_shared_row_has_the_codes_of_a_whole_one(shape, eight, backend, monkeypatch):
-    run = backend.op("fused_quant", "silu_mul_quant")
-    gate_up = _randn(shape[0], 2 * shape[1], dtype=backend.dtypes[-1], device=backend.device)
-    shared = run(gate_up, dtype=eight)
-    monkeypatch.setattr(fused_quant, "_MOST_PARTS", 1)
-    assert fused_quant._part(*shape, gate_up.device) == 0
-    _same(shared, run(gate_up, dtype=eight))
-
-
-def test_rows_are_shared_while_multiprocessors_are_left(monkeypatch):
+def test_chunks_pad_little(monkeypatch):
     monkeypatch.setattr(fused_quant, "device_facts", lambda _: DeviceFacts(90, 132))
-    parts = {t: fused_quant._part(t, 14336, torch.device("cpu")) for t in (1, 16, 17, 66, 67, 4096)}
-    assert parts == {1: 2048, 16: 2048, 17: 4096, 66: 8192, 67: 0, 4096: 0}
+    chunk = {(t, k): fused_quant._chunk(t, k, torch.device("cpu"))
+             for t in (1, 132, 133) for k in (4096, 11008, 13824, 14336)}  # fmt: skip
+    assert {key for key, size in chunk.items() if size == 2048} == {
+        (t, k) for t in (1, 132) for k in (13824, 14336)
+    }
+    assert set(chunk.values()) == {2048, 4096}
 
 
 @pytest.mark.gpu
