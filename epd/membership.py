@@ -14,6 +14,8 @@ from epd.wire import Envelope
 
 __all__ = ["Change", "Membership", "WorkerView"]
 
+_CORE = frozenset({Stage.PREFILL, Stage.DECODE})
+
 
 class Change(Enum):
     """What a heartbeat, a farewell or the passing of time did to the membership."""
@@ -70,16 +72,14 @@ class Membership:
         self._last_tick = clock()
 
     def heard(self, envelope: Envelope, beat: Heartbeat) -> list[tuple[Change, str]]:
-        """Record a heartbeat; the changes it makes, in order. A worker of another model is
-        refused.
+        """Record a heartbeat; the changes it makes, in order. A worker of another model, or that
+        computes otherwise than the live ones it would share work with, is refused.
         """
         name = envelope.sender
         if self._left.get(name, -1) >= envelope.incarnation:
             return []
-        if beat.revision != self._revision:
-            self.refused[name] = (
-                f"serves model revision {beat.revision[:12]}, not {self._revision[:12]}"
-            )
+        if refusal := self._refusal(name, parse_stages(envelope.stages), beat):
+            self.refused[name] = refusal
             return self.lost(name)
         known = self.workers.get(name)
         life = (envelope.incarnation, envelope.epoch)
@@ -111,6 +111,21 @@ class Membership:
             switch_id=beat.switch_id,
         )
         return changes
+
+    def _refusal(self, name: str, stages: StageSet, beat: Heartbeat) -> str | None:
+        if beat.revision != self._revision:
+            return f"serves model revision {beat.revision[:12]}, not {self._revision[:12]}"
+        for other in self.workers.values():
+            # KV moves between cores, and one key of the token cache stands for every encoder
+            shares_kv = stages & _CORE and other.stages & _CORE
+            shares_keys = Stage.ENCODE in stages & other.stages
+            if other.worker_id == name or not (shares_kv or shares_keys):
+                continue
+            if other.dtype != beat.dtype:
+                return f"computes in {beat.dtype}, but {other.worker_id} in {other.dtype}"
+            if shares_keys and other.encoder_revision != beat.encoder_revision:
+                return f"encodes otherwise than {other.worker_id}"
+        return None
 
     def fence(self, name: str) -> None:
         """Give a worker nothing until it is heard under another life or epoch, or unfenced."""

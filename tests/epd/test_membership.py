@@ -15,10 +15,11 @@ class Clock:
 
 def heard(
     members: Membership, name: str = "a", life: int = 1, epoch: int = 0, *,
-    stages: str = "D", revision: str = "r", accepting: bool = True,
+    stages: str = "D", revision: str = "r", accepting: bool = True, dtype: str = "float32",
+    encoder: str = "e",
 ) -> list[tuple[Change, str]]:  # fmt: skip
     beat = Heartbeat(
-        address="x", revision=revision, encoder_revision="e", dtype="float32",
+        address="x", revision=revision, encoder_revision=encoder, dtype=dtype,
         accepting=accepting, stats=WorkerStats(),
     )  # fmt: skip
     return members.heard(Envelope(name, life, epoch, stages, "gateway", 1), beat)
@@ -78,6 +79,23 @@ def test_closed_and_leaving_workers_get_nothing_even_when_alone() -> None:
     assert [w.worker_id for w in members.hosting(Stage.PREFILL)] == ["a"]
     members.closed.add("a")
     assert members.hosting(Stage.PREFILL) == []
+
+
+def test_workers_that_share_work_compute_alike() -> None:
+    members = Membership("r", Clock())
+    heard(members, "p", stages="P")
+    heard(members, "e", stages="E", dtype="bfloat16")
+    assert heard(members, "d", stages="D", dtype="bfloat16") == []
+    assert members.refused == {"d": "computes in bfloat16, but p in float32"}
+    assert heard(members, "e2", stages="E") == []
+    assert heard(members, "e3", stages="E", dtype="bfloat16", encoder="f") == []
+    assert members.refused["e3"] == "encodes otherwise than e"
+    assert sorted(members.workers) == ["e", "p"]
+    # once the others are gone, the new ones set the tone
+    for name in ("p", "e"):
+        members.left(name, 1)
+    assert heard(members, "d", stages="D", dtype="bfloat16") == [(Change.JOINED, "d")]
+    assert heard(members, "p2", stages="P", dtype="float16") == []
 
 
 def test_a_worker_of_another_model_is_refused_and_named() -> None:
