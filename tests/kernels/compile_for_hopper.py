@@ -130,10 +130,9 @@ def quantisers() -> dict[str, dict[str, Any]]:
 
 
 def selection() -> dict[str, dict[str, Any]]:
-    graph, cosines, relevance, sorting, dpp, shared = (
+    graph, cosines, relevance, sorting, dpp = (
         importlib.import_module(f"epd_kernels.{name}")
-        for name in ("graph_score", "cosines", "relevance", "row_sort", "greedy_dpp",
-                     "shared_dpp")
+        for name in ("graph_score", "cosines", "relevance", "row_sort", "greedy_dpp")
     )
 
     def floats(*names: str) -> dict[str, str]:
@@ -171,10 +170,6 @@ def selection() -> dict[str, dict[str, Any]]:
     found["shape"] = build(relevance._shape_kernel, types, {"BLOCK": 1024}, 8, 3)
     types = {**floats("similarity", "relevance", "factors", "gains"), "indices": "*i64",
              "eps": "fp32"}  # fmt: skip
-    found["dpp-shared"] = build(
-        shared._shared_dpp_kernel, types | floats("residual") | {"ranks": "*i64", "arrivals": "*i32"},
-        {"BLOCK_N": 128, "BLOCK_T": 64, "BLOCK_P": 64, "WAITS": True}, 8, 3,
-    )  # fmt: skip
     for size in (231, 576, 1152, 2880):
         block, rows, warps = dpp.dpp_config(size)
         fixed = {"BLOCK_N": block, "BLOCK_T": rows}
