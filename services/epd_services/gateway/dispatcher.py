@@ -211,7 +211,11 @@ class PipelineDispatcher:
         }
 
     def _heartbeat(self, envelope: Envelope, message: Heartbeat, _: tuple[Blob, ...]) -> None:
+        told = self._membership.refused.get(envelope.sender)
         self._apply(self._membership.heard(envelope, message))
+        why = self._membership.refused.get(envelope.sender)
+        if why is not None and why != told:
+            _log.warning("worker refused", worker=envelope.sender, why=why)
         known = self._membership.workers.get(envelope.sender)
         if known and (known.incarnation, known.epoch) == (envelope.incarnation, envelope.epoch):
             self.roles.heard(envelope, message)
