@@ -1,13 +1,15 @@
 """One host's pipeline: a private cache server, the gateway, the workers; started, watched,
 restarted, stopped.
 
-A process that dies is started again, at most three times in thirty seconds; after that its place
-stays empty ("failed") and the rest goes on. Stopping drains: the gateway first, then the workers.
+A process that dies is started again, at most three times in thirty seconds; after that ("failed")
+its place stays empty for as long before it is tried again, and the rest goes on. Stopping drains:
+the gateway first, then the workers.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import shutil
 import signal
@@ -82,7 +84,7 @@ class Supervisor:
         self._children: list[_Child] = []
         self._cache: PrivateServer | None = None
         self._watchers: list[asyncio.Task[None]] = []
-        self._stopping = False
+        self._stop = asyncio.Event()
 
     @property
     def children(self) -> dict[str, int | None]:
@@ -99,7 +101,7 @@ class Supervisor:
 
     @property
     def failed(self) -> list[str]:
-        """Names of the processes given up on."""
+        """Names of the processes that died too often."""
         return [child.plan.name for child in self._children if child.failed]
 
     async def start(self) -> None:
@@ -134,7 +136,7 @@ class Supervisor:
     async def _watch(self, child: _Child) -> None:
         while child.process is not None:
             code = await child.process.wait()
-            if self._stopping:
+            if self._stop.is_set():
                 return
             _log.warning("process ended", process=child.plan.name, code=code)
             recent = [t for t in child.starts if self._clock() - t < _WINDOW]
@@ -143,9 +145,12 @@ class Supervisor:
                 _log.error(
                     "process failed too often", process=child.plan.name, log=self._log(child)
                 )
-                return
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(_WINDOW):
+                        await self._stop.wait()
+                        return
             await self._launch(child)
-            if self._stopping:
+            if self._stop.is_set():
                 # the stop has told everybody it knew of
                 _signal(child, signal.SIGTERM)
 
@@ -154,7 +159,7 @@ class Supervisor:
 
     async def stop(self) -> None:
         """Drain the gateway, then the workers, then end the cache server."""
-        self._stopping = True
+        self._stop.set()
         limit = self._settings.drain_seconds + 5.0
         gateways = [c for c in self._children if c.plan.name == GATEWAY]
         await _end(gateways, limit)
@@ -167,7 +172,7 @@ class Supervisor:
 
     def kill(self) -> None:
         """End every process at once."""
-        self._stopping = True
+        self._stop.set()
         for child in self._children:
             _signal(child, signal.SIGKILL)
 

@@ -14,6 +14,7 @@ import pytest
 from epd.demo import CHECKPOINT
 from epd.errors import ConfigError
 from epd.models.card import ModelCard
+from epd_services import supervisor as supervisor_module
 from epd_services.cli import serve as serve_module
 from epd_services.cli.terminal import three_lines
 from epd_services.settings import Settings, load_settings
@@ -161,5 +162,35 @@ def test_a_process_that_is_started_again_during_the_stop_ends_too(
         finally:
             supervisor.kill()
         assert child.process.returncode is not None
+
+    asyncio.run(scenario())
+
+
+def test_a_process_that_keeps_failing_is_tried_again_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(supervisor_module, "_WINDOW", 0.5)
+
+    async def scenario() -> None:
+        supervisor = Supervisor(settings_in(tmp_path, drain_seconds=1.0))
+        child = _Child(ProcessPlan("w", ["false"], {}))
+        supervisor._children.append(child)
+        launches: list[float] = []
+        launch = supervisor._launch
+
+        async def counted(child: _Child) -> None:
+            launches.append(asyncio.get_running_loop().time())
+            await launch(child)
+
+        monkeypatch.setattr(supervisor, "_launch", counted)
+        await counted(child)
+        supervisor._watchers.append(asyncio.create_task(supervisor._watch(child)))
+        async with asyncio.timeout(10):
+            while len(launches) < 5:
+                await asyncio.sleep(0.01)
+        assert supervisor.failed == ["w"]
+        assert launches[4] - launches[3] >= 0.45
+        async with asyncio.timeout(0.4):
+            await supervisor.stop()
 
     asyncio.run(scenario())

@@ -129,12 +129,12 @@ async def _before(stop: asyncio.Event, task: asyncio.Task[Stack]) -> bool:
 
 
 async def _watch(stack: Stack, stop: asyncio.Event) -> int:
-    """Wait for the stop; the exit code. A worker given up on is told once."""
+    """Wait for the stop; the exit code. A worker that keeps failing is told once."""
     told: set[str] = set()
     while not stop.is_set():
         for name in set(stack.supervisor.failed) - told:
             told.add(name)
-            note(f"{name} keeps failing and is given up; see {stack.run_dir / name}.log")
+            note(f"{name} keeps failing; tried every half minute; see {stack.run_dir / name}.log")
         if GATEWAY in told:
             return 1
         with contextlib.suppress(TimeoutError):
