@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -170,28 +171,51 @@ class Exchange:
         self._gauge.dec()
 
 
+_TOTALS = (
+    ("prefix_queries", "prefix_cache_queries", "Prefix cache."),
+    ("prefix_hits", "prefix_cache_hits", "Prefix cache."),
+    ("preemptions", "num_preemptions", "Preemptions."),
+)
+_MOST_LIVES = 1024
+
+
 class _PipelineCollector(Collector):
     """Series read from the pipeline's own report at scrape time; what it omits is left out."""
 
     def __init__(self, model_name: str, pipeline: Callable[[], dict[str, Any]]) -> None:
         self._model_name = model_name
         self._pipeline = pipeline
+        self._lives: dict[str, OrderedDict[tuple[str, str], float]] = {}
+        self._before: defaultdict[str, float] = defaultdict(float)
 
     def collect(self) -> Iterator[Metric]:
         report = self._pipeline()
+        workers = [w for w in report.get("workers") or [] if isinstance(w, dict)]
         cache = report.get("token_cache") or {}
         for key in ("queries", "hits"):
             if isinstance(cache.get(key), int):
-                yield self._counter(f"vllm:mm_cache_{key}", "Token cache.", cache[key])
-        workers = [w for w in report.get("workers") or [] if isinstance(w, dict)]
-        for key, name in (("prefix_queries", "queries"), ("prefix_hits", "hits")):
-            if any(key in w for w in workers):
-                total = sum(_number(w.get(key)) for w in workers)
-                yield self._counter(f"vllm:prefix_cache_{name}", "Prefix cache.", total)
-        if any("preemptions" in w for w in workers):
-            total = sum(_number(w.get("preemptions")) for w in workers)
-            yield self._counter("vllm:num_preemptions", "Preemptions.", total)
+                name = f"cache_{key}"
+                summed = any(name in worker for worker in workers)
+                total = self._total(name, workers) if summed else cache[key]
+                yield self._counter(f"vllm:mm_cache_{key}", "Token cache.", total)
+        for key, name, text in _TOTALS:
+            if any(key in worker for worker in workers):
+                yield self._counter(f"vllm:{name}", text, self._total(key, workers))
         yield from _worker_gauges(workers)
+
+    def _total(self, key: str, workers: list[dict[str, Any]]) -> float:
+        """The sum over all lives of workers: one that left takes nothing back, because a counter
+        that falls looks like one that began again.
+        """
+        lives = self._lives.setdefault(key, OrderedDict())
+        for worker in workers:
+            life = str(worker.get("name")), str(worker.get("life"))
+            lives[life] = _number(worker.get(key))
+            lives.move_to_end(life)
+        while len(lives) > _MOST_LIVES:
+            _, count = lives.popitem(last=False)
+            self._before[key] += count
+        return self._before[key] + sum(lives.values())
 
     def _counter(self, name: str, text: str, value: float) -> Metric:
         family = CounterMetricFamily(name, text, labels=("model_name",))
