@@ -24,7 +24,7 @@ from epd.wire import Blob, Codec, Envelope, Frame, Incoming
 __all__ = ["GATEWAY", "Identity", "Node"]
 
 GATEWAY = "gateway"
-# a MAC over this much takes milliseconds, over the KV of a long prompt longer than a heartbeat may
+# digesting this much takes milliseconds, the KV of a long prompt longer than a heartbeat may
 _LARGE_BYTES = 4 << 20
 M = TypeVar("M", bound=Message)
 Handler = Callable[[Envelope, Message, tuple[Blob, ...]], None]
@@ -58,6 +58,7 @@ class Node:
         self._peers: dict[str, PeerInfo] = {}
         self._last: dict[str, tuple[int, int, int]] = {}
         self._handlers: dict[type[Message], Handler] = {}
+        self._checking: dict[str, asyncio.Task[None]] = {}
 
     @property
     def address(self) -> str:
@@ -80,8 +81,20 @@ class Node:
         """Whether `name` is in the directory."""
         return name in self._peers
 
+    async def sealed(self, blobs: Sequence[Blob]) -> list[Blob]:
+        """The blobs, ready to post: much is digested beside the event loop, if there is a key."""
+        if self._takes_long(blobs):
+            return await asyncio.to_thread(self._codec.digested, blobs)
+        return list(blobs)
+
+    def _takes_long(self, blobs: Sequence[Blob]) -> bool:
+        return self._codec.keyed and sum(len(blob.data) for blob in blobs) > _LARGE_BYTES
+
     def post(self, to: str, message: Message, blobs: Sequence[Blob] = ()) -> bool:
-        """Queue a message for `to`; False when it is unknown or its queue is full."""
+        """Queue a message for `to`; False when it is unknown or its queue is full.
+
+        Many bytes should have been `sealed`.
+        """
         peer = self._peers.get(to)
         if peer is None:
             self.rejected["unknown_receiver"] += 1
@@ -104,22 +117,67 @@ class Node:
     async def run(self) -> None:
         """Receive and dispatch until cancelled; a bad frame or a failing handler costs that
         message only.
-        """
-        while True:
-            frames = await self._transport.receive()
-            try:
-                incoming = await self._decoded(frames)
-                self._admit(incoming.envelope, incoming.message)
-            except WireError as error:
-                self.rejected[str(error)] += 1
-                continue
-            self.dispatch(incoming.envelope, incoming.message, incoming.blobs)
 
-    async def _decoded(self, frames: list[Frame]) -> Incoming:
-        """The checked message; a large one is authenticated beside the event loop."""
-        if self._codec.keyed and sum(map(len, frames)) > _LARGE_BYTES:
-            return await asyncio.to_thread(self._codec.decode, frames, self.identity.name)
-        return self._codec.decode(frames, self.identity.name)
+        Large messages are checked beside the event loop, and one sender's arrive in order.
+        """
+        async with asyncio.TaskGroup() as tasks:
+            while True:
+                if incoming := self._opened(await self._transport.receive()):
+                    self._take(incoming, tasks)
+
+    def _opened(self, frames: list[Frame]) -> Incoming | None:
+        """The message of a known sender, buffers unchecked; None for what is refused."""
+        try:
+            incoming = self._codec.open(frames, self.identity.name)
+        except WireError as error:
+            self._refuse(error)
+            return None
+        try:
+            self._admit(incoming.envelope, incoming.message)
+        except WireError as error:
+            self.rejected[str(error)] += 1
+            return None
+        return incoming
+
+    def _refuse(self, error: WireError) -> None:
+        reason = str(error)
+        if not self.rejected[reason]:
+            _log.warning("message refused", node=self.identity.name, reason=reason)
+        self.rejected[reason] += 1
+
+    def _take(self, incoming: Incoming, tasks: asyncio.TaskGroup) -> None:
+        sender = incoming.envelope.sender
+        before = self._checking.get(sender)
+        if before is None and not self._takes_long(incoming.blobs):
+            self._finish(incoming, self._check(incoming))
+            return
+        task = tasks.create_task(self._take_beside(incoming, before))
+        self._checking[sender] = task
+        task.add_done_callback(lambda done: self._checked(sender, done))
+
+    async def _take_beside(self, incoming: Incoming, before: asyncio.Task[None] | None) -> None:
+        beside = self._takes_long(incoming.blobs)
+        error = await asyncio.to_thread(self._check, incoming) if beside else self._check(incoming)
+        if before is not None:
+            await asyncio.wait([before])
+        self._finish(incoming, error)
+
+    def _checked(self, sender: str, task: asyncio.Task[None]) -> None:
+        if self._checking.get(sender) is task:
+            del self._checking[sender]
+
+    def _check(self, incoming: Incoming) -> WireError | None:
+        try:
+            self._codec.check(incoming.blobs)
+        except WireError as error:
+            return error
+        return None
+
+    def _finish(self, incoming: Incoming, error: WireError | None) -> None:
+        if error is not None:
+            self._refuse(error)
+        else:
+            self.dispatch(incoming.envelope, incoming.message, incoming.blobs)
 
     def dispatch(self, envelope: Envelope, message: Message, blobs: tuple[Blob, ...]) -> None:
         """Hand a message to its handler; a handler's exception is logged and counted."""

@@ -3,14 +3,24 @@
 import asyncio
 import threading
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from structlog.testing import capture_logs
 
-from epd.messages import Cancel, Heartbeat, KVBlocks, PeerInfo, Peers, WorkerStats
+from epd.messages import (
+    Cancel,
+    Heartbeat,
+    KVBlocks,
+    PeerInfo,
+    Peers,
+    RequestMessage,
+    WorkerStats,
+)
 from epd.node import GATEWAY, Identity, Node
 from epd.transport import InMemoryTransport, Transport, TransportFullError, ZmqTransport
-from epd.wire import Blob, Codec, Frame, Incoming
+from epd.wire import Blob, Codec, Envelope, Frame
 
 Network = dict[str, "asyncio.Queue[list[Frame]]"]
 
@@ -54,32 +64,117 @@ def test_messages_arrive_in_order() -> None:
     asyncio.run(run())
 
 
+KEY = bytes(32)
+
+
+class Watched(Codec):
+    """Notes whether buffers are digested and checked on the event loop; `gate` holds checks up."""
+
+    def __init__(self) -> None:
+        super().__init__(KEY)
+        self.beside: list[tuple[str, bool]] = []
+        self.gate = threading.Event()
+        self.gate.set()
+
+    def _note(self, what: str) -> None:
+        self.beside.append((what, threading.current_thread() is not threading.main_thread()))
+
+    def digested(self, blobs: Sequence[Blob]) -> list[Blob]:
+        if any(blob.digest is None for blob in blobs):
+            self._note("digest")
+        return super().digested(blobs)
+
+    def check(self, blobs: Sequence[Blob]) -> None:
+        if blobs:
+            self._note("check")
+            assert self.gate.wait(10)
+        super().check(blobs)
+
+
+class KeyedPair:
+    """`a` and the gateway send to `b`; `heard` gets what reached it."""
+
+    def __init__(self) -> None:
+        network: Network = {}
+        self.codec = Watched()
+        self.a = Node(Identity("a", 1), InMemoryTransport("a", network), self.codec)
+        self.b = Node(Identity("b", 1), InMemoryTransport("b", network), self.codec)
+        self.gateway = Node(Identity(GATEWAY, 1), InMemoryTransport(GATEWAY, network), Codec(KEY))
+        for sender in (self.a, self.gateway):
+            sender.know([PeerInfo("b", "b", "D", 0, 1)])
+        self.b.know([PeerInfo("a", "a", "P", 0, 1)])
+        self.heard: asyncio.Queue[tuple[str, int]] = asyncio.Queue()
+        for kind in (KVBlocks, Cancel):
+            self.b.on(kind, self._hear)
+
+    def _hear(self, envelope: Envelope, message: RequestMessage, _: tuple[Blob, ...]) -> None:
+        self.heard.put_nowait((envelope.sender, message.attempt))
+
+    async def send(self, size: int, attempt: int = 0, fill: bytes = b"x") -> None:
+        blobs = await self.a.sealed([Blob("uint8", (size,), fill * size)])
+        self.a.post("b", KVBlocks(request_id="r", attempt=attempt), blobs)
+
+
 @pytest.mark.parametrize(("size", "beside"), [(1 << 10, False), (5 << 20, True)])
 def test_much_is_authenticated_beside_the_event_loop(size: int, beside: bool) -> None:
-    threads: list[bool] = []
-
-    class Watched(Codec):
-        def decode(self, frames: Sequence[Frame], to: str) -> Incoming:
-            threads.append(threading.current_thread() is not threading.main_thread())
-            return super().decode(frames, to)
-
     async def run() -> None:
-        network: Network = {}
-        key = bytes(32)
-        a = Node(Identity("a", 1), InMemoryTransport("a", network), Codec(key))
-        b = Node(Identity("b", 1), InMemoryTransport("b", network), Watched(key))
-        a.know([PeerInfo("b", "b", "D", 0, 1)])
-        b.know([PeerInfo("a", "a", "P", 0, 1)])
-        heard: asyncio.Queue[int] = asyncio.Queue()
-        b.on(KVBlocks, lambda _, message, blobs: heard.put_nowait(len(blobs[0].data)))
-        b.on(Cancel, lambda *_: heard.put_nowait(0))
-        a.post("b", KVBlocks(request_id="r", attempt=0), [Blob("uint8", (size,), bytes(size))])
-        a.post("b", cancel())
-        task = asyncio.create_task(b.run())
+        pair = KeyedPair()
+        await pair.send(size)
+        pair.a.post("b", cancel(1))
+        task = asyncio.create_task(pair.b.run())
         async with asyncio.timeout(10):
-            assert [await heard.get(), await heard.get()] == [size, 0]
+            assert [await pair.heard.get(), await pair.heard.get()] == [("a", 0), ("a", 1)]
         task.cancel()
-        assert threads == [beside, False]
+        assert pair.codec.beside == [("digest", beside), ("check", beside)]
+
+    asyncio.run(run())
+
+
+def test_others_are_heard_while_much_is_checked_and_each_sender_in_order() -> None:
+    async def run() -> None:
+        pair = KeyedPair()
+        pair.codec.gate.clear()
+        task = asyncio.create_task(pair.b.run())
+        await pair.send(5 << 20, attempt=1)
+        pair.a.post("b", cancel(2))
+        pair.gateway.post("b", cancel(3))
+        async with asyncio.timeout(10):
+            assert await pair.heard.get() == (GATEWAY, 3)
+            await asyncio.sleep(0.05)
+            assert pair.heard.empty(), "what the sender said later waits for its turn"
+            pair.codec.gate.set()
+            assert [await pair.heard.get(), await pair.heard.get()] == [("a", 1), ("a", 2)]
+        task.cancel()
+
+    asyncio.run(run())
+
+
+def test_much_that_was_tampered_with_costs_one_message() -> None:
+    async def run() -> None:
+        pair = KeyedPair()
+        sealed = await pair.a.sealed([Blob("uint8", (5 << 20,), b"x" * (5 << 20))])
+        false = [replace(blob, data=b"y" * (5 << 20)) for blob in sealed]
+        pair.a.post("b", KVBlocks(request_id="r", attempt=1), false)
+        pair.a.post("b", cancel(2))
+        task = asyncio.create_task(pair.b.run())
+        async with asyncio.timeout(10):
+            assert await pair.heard.get() == ("a", 2)
+        task.cancel()
+        assert dict(pair.b.rejected) == {"bad authentication": 1}
+
+    asyncio.run(run())
+
+
+def test_what_nobody_can_read_is_said_once() -> None:
+    async def run() -> None:
+        pair = Pair({})
+        for _ in range(3):
+            pair.network["w"].put_nowait([b"Cancel", b"x", bytes(32)])
+        with capture_logs() as logs:
+            await pair.settle()
+        told = [(log["event"], log["reason"]) for log in logs]
+        assert len(told) == 1 and told[0][0] == "message refused"
+        assert pair.worker.rejected[told[0][1]] == 3
 
     asyncio.run(run())
 

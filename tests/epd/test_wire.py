@@ -1,6 +1,8 @@
 """Frames: round trips, and everything that must be refused."""
 
+import hashlib
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import msgspec
@@ -65,6 +67,42 @@ def test_every_byte_is_under_the_mac() -> None:
             broken[i] = bytes(frame[:at]) + bytes([frame[at] ^ 1]) + bytes(frame[at + 1 :])
             with pytest.raises(WireError):
                 codec.decode(broken, TO)
+
+
+def test_a_buffer_is_read_once_where_it_was_digested_before() -> None:
+    codec = Codec(KEY)
+    message, blobs = vision()
+    assert Codec().digested(blobs) == blobs
+    ready = codec.digested(blobs)
+    assert [one.digest for one in codec.digested(ready)] == [one.digest for one in ready]
+    assert sent(codec, message, ready) == sent(codec, message, blobs)
+    other = replace(ready[0], data=bytes(48))
+    frames = sent(codec, message, [other])
+    incoming = codec.open(frames, TO)
+    assert incoming.envelope == envelope(), "the sender is known before the buffers are read"
+    with pytest.raises(WireError, match="bad authentication"):
+        codec.check(incoming.blobs)
+
+
+def test_digests_cannot_be_moved_between_buffers_or_taken_for_a_header() -> None:
+    codec = Codec(KEY)
+    message = vision()[0]
+    frames = sent(codec, message, [Blob("uint8", (2,), b"ab"), Blob("uint8", (2,), b"cd")])
+    tag, header, first, second, seal = frames
+    swapped = bytes(seal[:33]) + bytes(seal[65:]) + bytes(seal[33:65])
+    with pytest.raises(WireError, match="bad authentication"):
+        codec.decode([tag, header, second, first, swapped], TO)
+
+
+def test_the_seal_of_another_version_is_refused_by_name() -> None:
+    codec = Codec(KEY)
+    frames = sent(codec, *vision())
+    first = hashlib.blake2b(key=KEY, digest_size=32)  # what the first version sent
+    for frame in frames[:-1]:
+        first.update(len(frame).to_bytes(8, "little") + frame)
+    for seal in (first.digest(), b"\x03" + bytes(frames[-1])[1:]):
+        with pytest.raises(WireError, match="another version of the wire"):
+            codec.decode([*frames[:-1], seal], TO)
 
 
 def test_frames_cannot_be_moved_between_messages_or_stripped() -> None:
