@@ -14,7 +14,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import structlog
-import torch
 
 from epd.cache.base import TokenCache
 from epd.failpoints import Failpoints
@@ -134,16 +133,21 @@ class Worker:
         else:
             handler(sender, message, payloads)
 
-    def post(self, to: str, message: Message, tensors: Sequence[torch.Tensor] = ()) -> bool:
+    async def sealed(self, blobs: Sequence[Blob]) -> Sequence[Blob]:
+        """The blobs as they may be posted without holding up the event loop."""
+        return await self._node.sealed(blobs)
+
+    def post(self, to: str, message: Message, payloads: Sequence[Payload] = ()) -> bool:
         """Send to a worker; to this one it is a function call on the next turn of the event
         loop.
         """
         if to != self.name:
-            self._handoff_bytes += sum(tensor.nbytes for tensor in tensors)
-            return self._node.post(to, message, [to_blob(tensor) for tensor in tensors])
+            blobs = [p if isinstance(p, Blob) else to_blob(p) for p in payloads]
+            self._handoff_bytes += sum(len(blob.data) for blob in blobs)
+            return self._node.post(to, message, blobs)
         if type(message) not in self.hosted.handlers:
             return False
-        asyncio.get_running_loop().call_soon(self._deliver, self.name, message, tuple(tensors))
+        asyncio.get_running_loop().call_soon(self._deliver, self.name, message, tuple(payloads))
         return True
 
     def emit(self, message: Message) -> None:

@@ -22,7 +22,10 @@ class Host(Protocol):
     @property
     def name(self) -> str: ...
 
-    def post(self, to: str, message: Message, tensors: Sequence[torch.Tensor] = ()) -> bool:
+    async def sealed(self, blobs: Sequence[Blob]) -> Sequence[Blob]:
+        """The blobs as they may be posted without holding up the event loop."""
+
+    def post(self, to: str, message: Message, payloads: Sequence[Payload] = ()) -> bool:
         """Send to a worker; to this very worker it is a function call on the same tensors."""
 
     def emit(self, message: Message) -> None:

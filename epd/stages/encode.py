@@ -18,7 +18,7 @@ import torch
 
 from epd.cache.base import CachedTokens
 from epd.cache.flight import SingleFlight
-from epd.errors import EPDError
+from epd.errors import EPDError, UnavailableError
 from epd.messages import (
     Encoded,
     EncodeFailed,
@@ -29,8 +29,9 @@ from epd.messages import (
 )
 from epd.pruning_spec import PruningSpec
 from epd.stages.base import Host, Payload, as_tensor
-from epd.tensors import from_cached, to_cached
+from epd.tensors import to_cached
 from epd.vision_pool import ImageEncoder, make_pools
+from epd.wire import Blob
 
 __all__ = ["MAX_BATCH", "EncodeStage", "ImageEncoder"]
 
@@ -39,6 +40,7 @@ MAX_BATCH = 8
 _log = structlog.get_logger("epd.encode")
 Image = np.ndarray[Any, np.dtype[np.uint8]]
 Tensors = list[torch.Tensor]
+Encoding = tuple[Tensors, CachedTokens]  # the same twice: where it was computed, and as bytes
 
 
 class _ClosedError(EPDError):
@@ -50,7 +52,7 @@ class _Job:
     image: Image
     name: str
     pruning: PruningSpec | None
-    done: asyncio.Future[tuple[Tensors, float, float]]
+    done: asyncio.Future[tuple[Encoding, float, float]]
     arrived: float
 
 
@@ -167,36 +169,32 @@ class EncodeStage:
 
     async def _serve(self, request: EncodeRequest, image: Image) -> None:
         started = self._clock()
-        fresh: list[tuple[Tensors, float, float]] = []
+        fresh: list[tuple[Encoding, float, float]] = []
 
         async def produce() -> CachedTokens:
             fresh.append(await self._encode(request, image))
-            return to_cached(fresh[0][0])
+            return fresh[0][0][1]
 
         try:
             async with asyncio.timeout(request.ttl):
                 value = await self._flight.run(request.mm.cache_key, produce)
+                if fresh:
+                    encoding, queued, took = fresh[0]
+                    await self._hand_over(request, value, encoding[0], queued, took)
+                else:
+                    await self._hand_over(request, value, None, self._clock() - started, 0.0)
         except TimeoutError:
             return
         except _ClosedError:
             rid, attempt, item = request.request_id, request.attempt, request.item
             self._host.emit(Returned(request_id=rid, attempt=attempt, items=[item]))
-            return
         except EPDError as error:
             self._fail(request, error.code, str(error), getattr(error, "param", None))
-            return
         except Exception as error:
             _log.exception("encode failed", request_id=request.request_id)
             self._fail(request, "internal_error", f"the encoder failed ({type(error).__name__})")
-            return
-        if fresh:
-            tokens, queue_seconds, encode_seconds = fresh[0]
-        else:
-            tokens = from_cached(value)
-            queue_seconds, encode_seconds = self._clock() - started, 0.0
-        self._hand_over(request, tokens, not fresh, queue_seconds, encode_seconds)
 
-    async def _encode(self, request: EncodeRequest, image: Image) -> tuple[Tensors, float, float]:
+    async def _encode(self, request: EncodeRequest, image: Image) -> tuple[Encoding, float, float]:
         if self._closed:
             raise _ClosedError("the stage ends")
         done = asyncio.get_running_loop().create_future()
@@ -204,29 +202,38 @@ class EncodeStage:
         self._jobs.put_nowait(job)
         return await job.done
 
-    def _hand_over(
-        self, request: EncodeRequest, tokens: Tensors, cached: bool, queued: float, took: float
+    async def _hand_over(
+        self,
+        request: EncodeRequest,
+        value: CachedTokens,
+        fresh: Tensors | None,
+        queued: float,
+        took: float,
     ) -> None:
+        """Send the tokens to their consumer; `fresh` are those that were encoded here just now."""
         key = (request.request_id, request.attempt, request.item)
         report = Encoded(
             request_id=request.request_id,
             attempt=request.attempt,
             item=request.item,
-            cached=cached,
+            cached=fresh is None,
             queue_seconds=queued,
             encode_seconds=took,
             transfer_seconds=0.0,
         )
-        self._transfers[key] = _Transfer(self._clock(), report)
         message = VisionTokens(
             request_id=request.request_id,
             attempt=request.attempt,
             item=request.item,
             cache_key=request.mm.cache_key,
         )
-        if not self._host.post(request.consumer, message, tokens):
-            self._transfers.pop(key)
-            self._fail(request, "unavailable", "the prefill worker cannot be reached")
+        began = self._clock()
+        payloads: Sequence[Payload] | None = fresh
+        if payloads is None or request.consumer != self._host.name:
+            payloads = await self._host.sealed([Blob(*part) for part in value.tensors])
+        if not self._host.post(request.consumer, message, payloads):
+            raise UnavailableError("the prefill worker cannot be reached")
+        self._transfers[key] = _Transfer(began, report)
 
     def _fail(
         self, request: EncodeRequest, code: str, message: str, param: str | None = None
@@ -255,25 +262,25 @@ class EncodeStage:
                 results = await loop.run_in_executor(self._thread, self._batch, batch)
                 self._settle(batch, results, began)
 
-    def _batch(self, batch: list[_Job]) -> list[Tensors | Exception]:
+    def _batch(self, batch: list[_Job]) -> list[Encoding | Exception]:
         """One result per job; when a batch fails its members are tried alone, so one cannot
         sink the rest.
         """
         try:
-            return list(
-                make_pools(
-                    self._encoder,
-                    [job.image for job in batch],
-                    [job.pruning for job in batch],
-                    [job.name for job in batch],
-                )
+            pools = make_pools(
+                self._encoder,
+                [job.image for job in batch],
+                [job.pruning for job in batch],
+                [job.name for job in batch],
             )
+            # copied to host memory here: on the event loop that waits for whatever the GPU does
+            return [(pool, to_cached(pool)) for pool in pools]
         except Exception as error:
             if len(batch) == 1:
                 return [error]
             return [result for job in batch for result in self._batch([job])]
 
-    def _settle(self, batch: list[_Job], results: list[Tensors | Exception], began: float) -> None:
+    def _settle(self, batch: list[_Job], results: list[Encoding | Exception], began: float) -> None:
         seconds = (self._clock() - began) / len(batch)
         for job, result in zip(batch, results, strict=True):
             if job.done.cancelled():

@@ -7,22 +7,24 @@ here and are to go on elsewhere.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import asyncio
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+
+import structlog
 
 from epd.errors import EPDError, UnavailableError, WireError
 from epd.kv.handoff import KVHandoff
 from epd.messages import KVBlocks, KVGone, KVOffer, KVPull, KVRelease, KVRenew, MoveDecode
 from epd.stages.base import Host, Payload
 from epd.stages.core_loop import CoreLoop
-
-if TYPE_CHECKING:
-    import torch
+from epd.tensors import to_blob
+from epd.wire import Blob
 
 __all__ = ["LEASE_SECONDS", "KVSource"]
 
 LEASE_SECONDS = 5.0
+_log = structlog.get_logger("epd.kv")
 
 
 @dataclass(slots=True)
@@ -50,6 +52,7 @@ class KVSource:
         self._clock = clock
         self._on_move = on_move
         self._leases: dict[str, _Lease] = {}
+        self._sending: set[asyncio.Task[None]] = set()
 
     @property
     def leases(self) -> int:
@@ -104,24 +107,43 @@ class KVSource:
         self._loop.submit(lambda: self._export(rid, message.attempt, sender))
 
     def _export(self, rid: str, attempt: int, consumer: str) -> Callable[[], None] | None:
+        """In the compute thread: copy the KV to host memory."""
         lease = self._leases.get(rid)
         if lease is None or lease.attempt != attempt:
             return None
-        tensors = self._loop.core.export_kv(rid)
-        message = KVBlocks(request_id=rid, attempt=attempt)
-        return lambda: self._send(consumer, message, tensors)
-
-    def _send(self, consumer: str, message: KVBlocks, tensors: Sequence[torch.Tensor]) -> None:
-        rid = message.request_id
         try:
-            sent = self._host.post(consumer, message, tensors)
-        except WireError as error:
-            # too large for a message: no other attempt would fare better
-            self._drop(rid, keep_attempt=True)
-            self._loop.fail(rid, error, retryable=False)
+            blobs = [to_blob(tensor) for tensor in self._loop.core.export_kv(rid)]
+        except Exception as error:
+            return lambda e=error: self._failed(rid, lease, e)  # type: ignore[misc]
+        return lambda: self._begin(self._send(rid, lease, blobs))
+
+    def _begin(self, work: Coroutine[None, None, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._sending.add(task)
+        task.add_done_callback(self._sending.discard)
+
+    async def _send(self, rid: str, lease: _Lease, blobs: Sequence[Blob]) -> None:
+        try:
+            blobs = await self._host.sealed(blobs)
+            if self._leases.get(rid) is not lease:
+                return
+            lease.expires = self._clock() + LEASE_SECONDS
+            message = KVBlocks(request_id=rid, attempt=lease.attempt)
+            sent = self._host.post(lease.consumer, message, blobs)
+        except Exception as error:
+            self._failed(rid, lease, error)
             return
         if not sent:
             self._lost(rid, "the decode worker cannot be reached")
+
+    def _failed(self, rid: str, lease: _Lease, error: Exception) -> None:
+        """The KV cannot be sent; what is too large for a message would not fare better again."""
+        if self._leases.get(rid) is not lease:
+            return
+        if not isinstance(error, EPDError):
+            _log.error("KV not sent", request_id=rid, exc_info=error)
+        self._drop(rid, keep_attempt=True)
+        self._loop.fail(rid, error, retryable=not isinstance(error, WireError))
 
     def _lost(self, rid: str, why: str) -> None:
         self._drop(rid, keep_attempt=True)

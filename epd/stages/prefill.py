@@ -19,8 +19,8 @@ from epd.stages.base import Host, Payload, as_tensor
 from epd.stages.core_loop import CoreLoop
 from epd.stages.kv_source import LEASE_SECONDS, KVSource
 from epd.step import KeptTokens
-from epd.tensors import from_cached
 from epd.vision_pool import TokenSelector, pruned
+from epd.wire import Blob
 
 __all__ = ["PrefillStage"]
 
@@ -35,7 +35,7 @@ class _Waiting:
     request: PrefillRequest
     deadline: float
     asked: float
-    tokens: dict[int, list[torch.Tensor]] = field(default_factory=dict)
+    tokens: dict[int, list[Payload]] = field(default_factory=dict)
 
     @property
     def missing(self) -> list[int]:
@@ -66,7 +66,7 @@ class PrefillStage:
         self._image_token_id = image_token_id
         self._selector = selector or TokenSelector()
         self._waiting: dict[str, _Waiting] = {}
-        self._early: dict[tuple[str, int, int], tuple[float, list[torch.Tensor]]] = {}
+        self._early: dict[tuple[str, int, int], tuple[float, list[Payload]]] = {}
         self._consumers: dict[str, tuple[int, str, float]] = {}
         self._fetches: set[asyncio.Task[None]] = set()
         loop.on_offer = self._offer
@@ -107,7 +107,7 @@ class PrefillStage:
         if value is None:
             self._ask(waiting, [item])
             return
-        waiting.tokens[item] = from_cached(value, self._device)
+        waiting.tokens[item] = [Blob(*part) for part in value.tensors]
         self._start_if_complete(request.request_id)
 
     def _ask(self, waiting: _Waiting, items: list[int]) -> None:
@@ -124,7 +124,7 @@ class PrefillStage:
         if not payloads:
             return
         rid, attempt, item = message.request_id, message.attempt, message.item
-        tokens = [as_tensor(payload, self._device) for payload in payloads]
+        tokens = list(payloads)
         self._host.post(sender, VisionTokensReceived(request_id=rid, attempt=attempt, item=item))
         waiting = self._waiting.get(rid)
         if waiting is not None and waiting.request.attempt == attempt:
@@ -160,7 +160,8 @@ class PrefillStage:
     def _choose(self, waiting: _Waiting) -> list[tuple[torch.Tensor, KeptTokens | None]]:
         request, count = waiting.request, len(waiting.request.items)
         queries = (request.queries + [""] * count)[:count]
-        images = [waiting.tokens[item] for item in range(count)]
+        # copied to the device here: on the event loop that waits for whatever the GPU does
+        images = [[as_tensor(p, self._device) for p in waiting.tokens[i]] for i in range(count)]
         return self._selector.select_all(images, request.pruning, queries, request.budget)
 
     def _sequence(self, waiting: _Waiting, kept: list[KeptTokens | None]) -> NewSequence:

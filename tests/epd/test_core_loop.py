@@ -38,6 +38,7 @@ class Core:
         self.blocked = False
         self.reason: FinishReason | None = None
         self.failing = False
+        self.broken: Exception | None = None
         self.stepping, self.go = threading.Event(), threading.Event()
 
     def add(self, sequence, vision_tokens):
@@ -77,6 +78,8 @@ class Core:
         return result
 
     def export_kv(self, rid):
+        if self.broken is not None:
+            raise self.broken
         return []
 
     def offer(self, rid):
@@ -88,12 +91,20 @@ class Host:
 
     def __init__(self):
         self.emitted, self.posted = [], []
+        self.sealing, self.seal = asyncio.Event(), asyncio.Event()
+        self.seal.set()
+        self.carries_kv = False
 
     def emit(self, message):
         self.emitted.append(message)
 
-    def post(self, to, message, tensors=()):
-        if isinstance(message, KVBlocks):
+    async def sealed(self, blobs):
+        self.sealing.set()
+        await self.seal.wait()
+        return blobs
+
+    def post(self, to, message, payloads=()):
+        if isinstance(message, KVBlocks) and not self.carries_kv:
             raise WireError("oversized message")
         self.posted.append((to, message))
         return True
@@ -240,5 +251,43 @@ def test_kv_that_cannot_travel_ends_its_request_alone(bench):
             assert not b.source.leases
             b.ask(2)
             await b.until(lambda: b.source.leases)
+
+    asyncio.run(scenario())
+
+
+def test_kv_whose_lease_ended_while_it_was_sealed_is_not_sent(bench):
+    async def scenario():
+        async with bench() as b:
+            b.core.go.set()
+            b.host.carries_kv = True
+            b.ask(1)
+            await b.until(lambda: b.source.leases)
+            b.host.seal.clear()
+            b.source.pull("d", KVPull(request_id="q", attempt=1), ())
+            await asyncio.wait_for(b.host.sealing.wait(), 10)
+            b.cancel(1)
+            b.ask(2)
+            await b.until(lambda: b.source.leases)
+            b.host.seal.set()
+            await asyncio.sleep(0.02)
+            assert not b.host.sent(KVBlocks) and not b.host.told(RequestFailed)
+            b.source.pull("d", KVPull(request_id="q", attempt=2), ())
+            await b.until(lambda: b.host.sent(KVBlocks))
+            assert [m.attempt for m in b.host.sent(KVBlocks)] == [2]
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_kv_that_cannot_be_copied_ends_its_attempt_at_once(bench):
+    async def scenario():
+        async with bench() as b:
+            b.core.go.set()
+            b.core.broken = MemoryError()
+            b.ask(1)
+            await b.until(lambda: b.source.leases)
+            b.source.pull("d", KVPull(request_id="q", attempt=1), ())
+            await b.until(lambda: b.host.told(RequestFailed))
+            assert b.host.told(RequestFailed)[0].retryable and not b.source.leases
 
     asyncio.run(scenario())
