@@ -144,6 +144,8 @@ class Attempts:
         cached = [False] * len(items)
         if items and self._cache is not None:
             cached = await self._cache.contains([item.cache_key for item in items])
+        for item in (i for i, hit in enumerate(cached) if not hit and i not in record.pixels):
+            (record.pixels[item],) = await self._node.sealed([_pixels(record.images[item])])
         if record.done or record.attempt != attempt:
             return
         record.prefill = record.decode = ""
@@ -203,8 +205,7 @@ class Attempts:
             ttl=self._left(record),
             pruning=record.pruning,
         )
-        pixels = Blob("uint8", (image.height, image.width, 3), image.rgb)
-        if not self._node.post(encoder, message, [pixels]):
+        if not self._node.post(encoder, message, [record.pixels.get(item) or _pixels(image)]):
             self._on_unreachable(encoder)
 
     def _left(self, record: Record) -> float:
@@ -318,3 +319,7 @@ class Attempts:
                 self.retry(record, failed=False)
             elif Stage.ENCODE in gone:
                 self.encode_again(record, [i for i, e in record.encoders.items() if e == worker])
+
+
+def _pixels(image: ImagePixels) -> Blob:
+    return Blob("uint8", (image.height, image.width, 3), image.rgb)

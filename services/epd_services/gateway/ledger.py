@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from epd.errors import EPDError
 from epd.pruning_spec import PruningSpec
 from epd.request import FinishReason, Request, RequestTimeline, TokenOutput, Usage
+from epd.wire import Blob
 from epd_services.gateway.dispatch_api import ImagePixels, TokensEvent
 
 __all__ = ["LedgerGeneration", "Record"]
@@ -19,8 +20,9 @@ class Record:
     """What the gateway knows about one request.
 
     `attempt` rises with every dispatch; `outputs` never shrinks. `budget` was set on arrival, so
-    that every attempt keeps the same vision tokens. `prefill` is the worker the KV comes from: when
-    a running answer moves, that is the one that decoded it so far.
+    that every attempt keeps the same vision tokens. `pixels` are images ready to post. `prefill` is
+    the worker the KV comes from: when a running answer moves, that is the one that decoded it so
+    far.
     """
 
     request: Request
@@ -39,6 +41,7 @@ class Record:
     prefill: str = ""
     decode: str = ""
     encoders: dict[int, str] = field(default_factory=dict)
+    pixels: dict[int, Blob] = field(default_factory=dict)
     prefilled: bool = False
     adopted: bool = False
     usage: Usage | None = None
