@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 
-from epd.messages import Heartbeat, PeerInfo, WorkerStats
+from epd.messages import Heartbeat, KVLayout, PeerInfo, WorkerStats
 from epd.roles import Stage, StageSet, format_stages, parse_stages
 from epd.wire import Envelope
 
@@ -36,6 +36,7 @@ class WorkerView:
     address: str
     encoder_revision: str
     dtype: str
+    kv: KVLayout | None
     accepting: bool
     stats: WorkerStats
     last_seen: float
@@ -105,6 +106,7 @@ class Membership:
             address=beat.address,
             encoder_revision=beat.encoder_revision,
             dtype=beat.dtype,
+            kv=beat.kv,
             accepting=beat.accepting,
             stats=beat.stats,
             last_seen=self._clock(),
@@ -125,6 +127,8 @@ class Membership:
                 return f"computes in {beat.dtype}, but {other.worker_id} in {other.dtype}"
             if shares_keys and other.encoder_revision != beat.encoder_revision:
                 return f"encodes otherwise than {other.worker_id}"
+            if shares_kv and beat.kv and other.kv and beat.kv != other.kv:
+                return _kv_difference(beat.kv, other.kv, other.worker_id)
         return None
 
     def fence(self, name: str) -> None:
@@ -189,3 +193,10 @@ class Membership:
             PeerInfo(w.worker_id, w.address, format_stages(w.stages), w.epoch, w.incarnation)
             for w in self.workers.values()
         ]
+
+
+def _kv_difference(own: KVLayout, others: KVLayout, name: str) -> str:
+    for layer, (mine, theirs) in enumerate(zip(own.formats, others.formats, strict=False)):
+        if mine != theirs:
+            return f"holds the KV of layer {layer} as {mine}, but {name} as {theirs}"
+    return f"prunes inside the decoder at other layers than {name}"

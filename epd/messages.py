@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import msgspec
+from msgspec import Meta
 
 from epd.kv.handoff import KVHandoff
 from epd.message_base import (
@@ -40,6 +43,7 @@ __all__ = [
     "Heartbeat",
     "KVBlocks",
     "KVGone",
+    "KVLayout",
     "KVOffer",
     "KVPull",
     "KVRelease",
@@ -203,8 +207,16 @@ class WorkerStats(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     kv_fallbacks: Count = 0
 
 
+class KVLayout(msgspec.Struct, frozen=True, array_like=True):
+    """How each layer holds its KV, and its layer group: the same wherever KV goes."""
+
+    formats: Annotated[list[Name], Meta(max_length=1024)]
+    groups: Annotated[list[Count], Meta(max_length=1024)]
+
+
 class Heartbeat(Message, frozen=True, kw_only=True):
-    """A worker is alive. `revision` names the model it serves, `encoder_revision` its vision side.
+    """A worker is alive. `revision` names the model it serves, `encoder_revision` its vision side,
+    `kv` how it holds KV, if it does.
 
     A worker that is not `accepting` finishes what it has; `switch_id` names a switch under way.
     """
@@ -213,6 +225,7 @@ class Heartbeat(Message, frozen=True, kw_only=True):
     revision: Name
     encoder_revision: Name
     dtype: Name
+    kv: KVLayout | None = None
     accepting: bool = True
     switch_id: Name | None = None
     stats: WorkerStats

@@ -226,6 +226,7 @@ class Worker:
                 revision=facts.revision,
                 encoder_revision=facts.encoder_revision,
                 dtype=facts.dtype,
+                kv=self.hosted.loop.kv_layout if self.hosted.loop else None,
                 accepting=self._accepting and switch_id is None,
                 switch_id=switch_id,
                 stats=self.stats(),

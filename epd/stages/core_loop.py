@@ -18,7 +18,7 @@ import structlog
 from epd.core import CoreStats, EngineCore, StepResult
 from epd.errors import EPDError
 from epd.kv.handoff import KVHandoff
-from epd.messages import Evicted, PrefillDone, RequestFailed, Returned, StepToken, Tokens
+from epd.messages import Evicted, KVLayout, PrefillDone, RequestFailed, Returned, StepToken, Tokens
 from epd.sequence import Sequence
 from epd.stages.base import Host
 
@@ -58,6 +58,12 @@ class CoreLoop:
     def core(self) -> EngineCore:
         """The core; to be touched inside operations only."""
         return self._core
+
+    @property
+    def kv_layout(self) -> KVLayout:
+        """How the core holds KV; never changes."""
+        facts = self._core.facts
+        return KVLayout(list(facts.kv_formats), list(facts.layer_group))
 
     def submit(self, operation: Operation) -> None:
         """Run an operation before the next step."""

@@ -1,7 +1,7 @@
 """Membership on a fake clock: joining, silence, new lives, other models, stalls of the observer."""
 
 from epd.membership import Change, Membership
-from epd.messages import Heartbeat, WorkerStats
+from epd.messages import Heartbeat, KVLayout, WorkerStats
 from epd.roles import Stage
 from epd.wire import Envelope
 
@@ -16,11 +16,12 @@ class Clock:
 def heard(
     members: Membership, name: str = "a", life: int = 1, epoch: int = 0, *,
     stages: str = "D", revision: str = "r", accepting: bool = True, dtype: str = "float32",
-    encoder: str = "e",
+    encoder: str = "e", kv: str = "", groups: str = "",
 ) -> list[tuple[Change, str]]:  # fmt: skip
     beat = Heartbeat(
         address="x", revision=revision, encoder_revision=encoder, dtype=dtype,
         accepting=accepting, stats=WorkerStats(),
+        kv=KVLayout(kv.split(), [int(g) for g in groups or "0" * len(kv.split())]) if kv else None,
     )  # fmt: skip
     return members.heard(Envelope(name, life, epoch, stages, "gateway", 1), beat)
 
@@ -96,6 +97,23 @@ def test_workers_that_share_work_compute_alike() -> None:
         members.left(name, 1)
     assert heard(members, "d", stages="D", dtype="bfloat16") == [(Change.JOINED, "d")]
     assert heard(members, "p2", stages="P", dtype="float16") == []
+
+
+def test_workers_that_hold_kv_otherwise_are_refused_and_the_difference_is_named() -> None:
+    members = Membership("r", Clock())
+    heard(members, "p", stages="P", kv="int4 fp8")
+    assert heard(members, "e", stages="E") == [(Change.JOINED, "e")]
+    assert heard(members, "d", kv="int4 fp8") == [(Change.JOINED, "d")]
+    for name, kv, groups, why in (
+        ("d2", "bf16 bf16", "", "holds the KV of layer 0 as bf16, but p as int4"),
+        ("d3", "int4 int4", "", "holds the KV of layer 1 as int4, but p as fp8"),
+        ("d4", "int4 fp8", "01", "prunes inside the decoder at other layers than p"),
+    ):
+        assert heard(members, name, kv=kv, groups=groups) == []
+        assert members.refused[name] == why
+    # who comes to share KV by a switch of roles is held to it from then on
+    assert heard(members, "e", epoch=1, stages="D", kv="bf16 bf16") == [(Change.LOST, "e")]
+    assert members.refused["e"].startswith("holds the KV of layer 0")
 
 
 def test_a_worker_of_another_model_is_refused_and_named() -> None:

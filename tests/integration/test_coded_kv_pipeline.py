@@ -67,3 +67,28 @@ def test_coded_kv_answers_as_one_engine(model: Path, topology: str) -> None:
         assert found == expected
     if topology == "1E1P1D":
         assert bytes_of["int4"] < bytes_of["fp8"] < bytes_of["bf16"]
+
+
+def test_a_worker_that_holds_kv_otherwise_gets_no_request(model: Path) -> None:
+    config = EngineConfig(num_blocks=128, max_batched_tokens=64, kv="int4")
+
+    async def scenario() -> None:
+        async with (
+            asyncio.timeout(60),
+            LocalPipeline(str(model), "1E1P1D", config=config) as pipeline,
+        ):
+            pipeline._config = EngineConfig(num_blocks=128, max_batched_tokens=64, kv="bf16")
+            pipeline.start_worker("w9-D")
+            members = pipeline.dispatcher.membership
+            while "w9-D" not in members.refused:
+                await asyncio.sleep(0.01)
+            assert members.refused["w9-D"] == "holds the KV of layer 0 as bf16, but w1-P as int4"
+            for n in range(4):
+                request = Submission(
+                    request_id=f"r{n}", prompt_token_ids=prompt(0, 0), images=[],
+                    sampling=SAMPLING, salt="", timeout_s=60.0,
+                )  # fmt: skip
+                tokens, _ = await pipeline.run(request)
+                assert len(tokens) == SAMPLING.max_tokens
+
+    asyncio.run(scenario())
