@@ -49,9 +49,9 @@ class Membership:
     A worker is lost when silent for `dead_after` seconds or heard under a new life. The next epoch
     in the same life is a switch of its role; heartbeats of an older one are dropped and counted.
 
-    `closed` names workers an operator drained, `leaving` the stages a worker is about to give up,
-    and a fenced worker's state is uncertain: it gets nothing until it is heard under another life
-    or epoch.
+    `closed` names workers an operator drained, with the life that was meant, `leaving` the stages a
+    worker is about to give up, and a fenced worker's state is uncertain: it gets nothing until it
+    is heard under another life or epoch.
 
     Time during which this process itself was stalled (the gap between two `expire` calls) is not
     held against the workers: their heartbeats wait unread.
@@ -62,7 +62,7 @@ class Membership:
     ) -> None:
         self.workers: dict[str, WorkerView] = {}
         self.refused: dict[str, str] = {}
-        self.closed: set[str] = set()
+        self.closed: dict[str, int] = {}
         self.leaving: dict[str, StageSet] = {}
         self.stale_epochs = 0
         self._fenced: dict[str, tuple[int, int]] = {}
@@ -97,6 +97,8 @@ class Membership:
             changes.append((Change.JOINED, name))
         if self._fenced.get(name) != life:
             self._fenced.pop(name, None)
+        if self.closed.get(name) != envelope.incarnation:
+            self.closed.pop(name, None)
         self.refused.pop(name, None)
         self.workers[name] = WorkerView(
             worker_id=name,
@@ -130,6 +132,11 @@ class Membership:
             if shares_kv and beat.kv and other.kv and beat.kv != other.kv:
                 return _kv_difference(beat.kv, other.kv, other.worker_id)
         return None
+
+    def close(self, name: str) -> None:
+        """Give a worker nothing for the rest of its life, or until it is taken out of `closed`."""
+        if worker := self.workers.get(name):
+            self.closed[name] = worker.incarnation
 
     def fence(self, name: str) -> None:
         """Give a worker nothing until it is heard under another life or epoch, or unfenced."""

@@ -78,7 +78,7 @@ def test_closed_and_leaving_workers_get_nothing_even_when_alone() -> None:
     members.leaving["a"] = frozenset({Stage.DECODE})
     assert members.hosting(Stage.DECODE) == []
     assert [w.worker_id for w in members.hosting(Stage.PREFILL)] == ["a"]
-    members.closed.add("a")
+    members.close("a")
     assert members.hosting(Stage.PREFILL) == []
 
 

@@ -284,3 +284,24 @@ def test_a_drained_worker_gets_nothing_new_and_keeps_what_it_has(world: Any) -> 
                     unknown("nobody")
 
     world.run(check())
+
+
+def test_a_drain_lasts_as_long_as_the_life_of_its_worker(world: Any) -> None:
+    async def check() -> None:
+        async with world() as w:
+            w.roles.drain("d")
+            await w.wait(3.0, "d")
+            assert "d" not in w.members.workers
+            w.worker("d").beat()
+            await w.settle()
+            assert w.hosting("D") == ["d2"], "only silent for a while: still drained"
+            assert w.roles.state(w.members.workers["d"]) == "drained"
+            w.worker("d").restart("D")
+            w.worker("d").beat()
+            await w.settle()
+            assert w.hosting("D") == ["d", "d2"], "a new life is in service"
+            assert w.roles.state(w.members.workers["d"]) == "serving"
+            assert not w.roles.resume("d")
+            assert w.roles.drain("d"), "and may be drained again"
+
+    world.run(check())

@@ -141,13 +141,14 @@ class SwitchCoordinator:
     def drain(self, worker: str, *, force: bool = False) -> bool:
         """Close the admission of a worker; whether that changed anything.
 
-        It gets no new work until `resume`; what it has goes on. Raises as `start` does.
+        It gets no new work until `resume` or its next life; what it has goes on. Raises as `start`
+        does.
         """
         if worker in self._membership.closed and worker in self._membership.workers:
             return False
         if refusal := self._checks.cannot_close(worker, force=force):
             raise refusal
-        self._membership.closed.add(worker)
+        self._membership.close(worker)
         _log.info("admission closed", worker=worker)
         return True
 
@@ -156,7 +157,7 @@ class SwitchCoordinator:
         closed = worker in self._membership.closed
         if not closed and (refusal := self._checks.unknown(worker)):
             raise refusal
-        self._membership.closed.discard(worker)
+        self._membership.closed.pop(worker, None)
         if closed:
             _log.info("admission opened", worker=worker)
         return closed
