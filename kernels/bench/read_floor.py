@@ -32,15 +32,15 @@ def _read_kernel(
     o_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     o_j = tl.arange(0, 64)
     p_data = data + (o_n // 64).to(tl.int64)[:, None] * (32 * K) + (o_n % 64)[:, None] * 64
-    p_x = x + tl.arange(0, TOKENS)[None, :] * K + o_j[:, None]
+    p_x = x + tl.arange(0, TOKENS)[None, :] * K + tl.arange(0, 128)[:, None]
     b_seen = tl.zeros((BLOCK_N, 64), tl.uint8)
-    b_inputs = tl.zeros((64, TOKENS), tl.uint8)
+    b_inputs = tl.zeros((128, TOKENS), tl.uint8)
     b_sum = tl.zeros((BLOCK_N,), tl.float32)
     for i in tl.range(0, K // 128, num_stages=STAGES):
         b_seen ^= tl.load(p_data + i * 4096 + o_j[None, :])
         b_sum += tl.load(scales + i * N + o_n)
         if ACTIVATIONS:
-            b_inputs ^= tl.load(p_x + i * 128) ^ tl.load(p_x + i * 128 + 64)
+            b_inputs ^= tl.load(p_x + i * 128)
     b_sum += tl.sum(b_seen.to(tl.int32), axis=1).to(tl.float32)
     b_sum += tl.sum(tl.sum(b_inputs.to(tl.int32), axis=1), axis=0).to(tl.float32)
     tl.store(out + o_n, b_sum)
