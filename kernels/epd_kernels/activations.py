@@ -91,11 +91,12 @@ def group_sums_triton(x: torch.Tensor, group_size: int, *, unit: float = 1.0) ->
 def _quantize_kernel(
     x: tl.tensor, codes: tl.tensor, scales: tl.tensor, stride_x: tl.tensor, K: tl.constexpr,
     LARGEST: tl.constexpr, FLOOR: tl.constexpr, BLOCK_K: tl.constexpr, ENCODE: tl.constexpr,
-    EARLY: tl.constexpr,
+    EARLY: tl.constexpr, OPENS: tl.constexpr,
 ) -> None:  # fmt: skip
     """One token per program."""
     if EARLY:
         gdc_wait()
+    if OPENS:
         gdc_launch_dependents()
     i_m = tl.program_id(0).to(tl.int64)
     b_x = load_row(x + i_m * stride_x, K, BLOCK_K)

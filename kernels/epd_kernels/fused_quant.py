@@ -91,7 +91,7 @@ def _norm_quant_kernel(
     x: tl.tensor, residual: tl.tensor, weight: tl.tensor, total: tl.tensor, codes: tl.tensor,
     scales: tl.tensor, stride_x: tl.tensor, stride_r: tl.tensor, eps: tl.tensor, K: tl.constexpr,
     LARGEST: tl.constexpr, FLOOR: tl.constexpr, BLOCK_K: tl.constexpr, ENCODE: tl.constexpr,
-    HAS_RESIDUAL: tl.constexpr, EARLY: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr, EARLY: tl.constexpr, OPENS: tl.constexpr,
 ) -> None:  # fmt: skip
     """One token per program."""
     CHUNKS: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
@@ -100,6 +100,7 @@ def _norm_quant_kernel(
     b_weight = load_row(weight, K, BLOCK_K)
     if EARLY:
         gdc_wait()
+    if OPENS:
         gdc_launch_dependents()
     b_x = load_row(x + i_m * stride_x, K, BLOCK_K)
     if HAS_RESIDUAL:
@@ -137,11 +138,12 @@ def _product(b_gate: tl.tensor, b_up: tl.tensor) -> tl.tensor:
 def _silu_quant_kernel(
     gate_up: tl.tensor, codes: tl.tensor, scales: tl.tensor, stride_x: tl.tensor, K: tl.constexpr,
     LARGEST: tl.constexpr, FLOOR: tl.constexpr, BLOCK_K: tl.constexpr, ENCODE: tl.constexpr,
-    EARLY: tl.constexpr,
+    EARLY: tl.constexpr, OPENS: tl.constexpr,
 ) -> None:  # fmt: skip
     """One token per program; K is the width of the product."""
     if EARLY:
         gdc_wait()
+    if OPENS:
         gdc_launch_dependents()
     i_m = tl.program_id(0).to(tl.int64)
     p_gate = gate_up + i_m * stride_x

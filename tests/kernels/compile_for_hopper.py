@@ -113,7 +113,7 @@ def quantisers() -> dict[str, dict[str, Any]]:
     for dtype, largest in (("fp8e4nv", 448.0), ("i8", 127.0)):
         types = {"codes": f"*{dtype}", "scales": "*fp32", "eps": "fp32"}
         types |= dict.fromkeys(("x", "residual", "weight", "total", "gate_up"), "*bf16")
-        eight = {"LARGEST": largest, "FLOOR": 1e-12, "ENCODE": False, "EARLY": True}
+        eight = {"LARGEST": largest, "FLOOR": 1e-12, "ENCODE": False, "EARLY": True, "OPENS": True}
         row, inner = {"K": 4096, "BLOCK_K": 2048}, {"K": 14336, "BLOCK_K": 2048}
         for name, kernel, fixed in (
             ("plain", activations._quantize_kernel, row),
