@@ -114,6 +114,7 @@ class Attempts:
             sampling=request.sampling,
             salt=request.salt,
         )
+        self._next(record)
         await self._attempt(record)
 
     async def _item(self, image: ImagePixels, salt: str, made_by: str) -> MMItem:
@@ -132,14 +133,18 @@ class Attempts:
         )
         return MMItem(mm_hash=digest, cache_key=key, width=image.width, height=image.height)
 
-    async def _attempt(self, record: Record, *, wait: float = 0.0) -> None:
+    def _next(self, record: Record) -> None:
+        """Begin another attempt. At once: whatever else ends the old one is not about this one."""
         record.attempt += 1
-        attempt = record.attempt
-        if wait:
-            await asyncio.sleep(wait)
+        record.prefill = record.decode = ""
         record.encoders.clear()
         record.early.clear()
         record.prefilled = record.adopted = False
+
+    async def _attempt(self, record: Record, *, wait: float = 0.0) -> None:
+        attempt = record.attempt
+        if wait:
+            await asyncio.sleep(wait)
         items = record.request.mm_items
         cached = [False] * len(items)
         if items and self._cache is not None:
@@ -148,7 +153,6 @@ class Attempts:
             (record.pixels[item],) = await self._node.sealed([_pixels(record.images[item])])
         if record.done or record.attempt != attempt:
             return
-        record.prefill = record.decode = ""
         while (pair := self._pair()) is None:
             await asyncio.sleep(_LOOK_AGAIN)
             if record.done or record.attempt != attempt:
@@ -216,6 +220,7 @@ class Attempts:
         self._tell_cancel(record)
         record.failures += failed
         self.counters["retries"] += 1
+        self._next(record)
         if record.failures >= self._limits.max_failures:
             self.end(record, WorkerFailedError("every attempt ended with its worker"))
         else:

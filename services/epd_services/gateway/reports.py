@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from epd.errors import error_from_code
+from epd.errors import WorkerFailedError, error_from_code
 from epd.message_base import RequestMessage
 from epd.messages import (
     Adopted,
@@ -14,6 +14,7 @@ from epd.messages import (
     PrefillDone,
     RequestFailed,
     Returned,
+    StepToken,
     Tokens,
 )
 from epd.node import Node
@@ -25,6 +26,7 @@ from epd_services.gateway.ledger import Record
 __all__ = ["Reports"]
 
 _RETRYABLE_ENCODE = {"internal_error", "unavailable"}
+_REASONS = {None, *(reason.value for reason in FinishReason)}
 
 
 class Reports:
@@ -119,6 +121,9 @@ class Reports:
             if record is None or record.attempt != token.attempt:
                 self._stale(envelope.sender, token.request_id, token.attempt)
                 continue
+            if not _possible(token, record):
+                self._attempts.end(record, WorkerFailedError("a worker sent an impossible token"))
+                continue
             reason = FinishReason(token.finish_reason) if token.finish_reason else None
             if token.output.index < len(record.outputs):
                 self._attempts.counters["repeated_tokens"] += 1
@@ -144,3 +149,9 @@ class Reports:
             else:
                 error = error_from_code(message.code, message.message, message.param)
                 self._attempts.end(record, error)
+
+
+def _possible(token: StepToken, record: Record) -> bool:
+    """Whether a token could belong to the answer: otherwise it would wait there for its turn."""
+    within = 0 <= token.output.index < record.request.sampling.max_tokens
+    return within and token.finish_reason in _REASONS
