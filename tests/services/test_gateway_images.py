@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import io
 import os
 import signal
@@ -17,6 +18,7 @@ import pytest
 from PIL import Image
 
 from epd.errors import CapacityError, EPDError, MediaError
+from epd_services.gateway import images
 from epd_services.gateway.images import DecodeLimits, ImageDecoder
 
 RNG = np.random.default_rng(7)
@@ -466,6 +468,56 @@ def test_a_cancelled_decode_leaves_the_child_in_step():
         assert decoding.runner.run(cancel_some()) == ["CancelledError"] * 3 + ["ImagePixels"]
         assert np.array_equal(decoding(encoded(Image.fromarray(SCENE))), SCENE)
         assert decoding.decoder.restarts == 0
+    finally:
+        decoding.close()
+
+
+def test_who_left_leaves_no_bytes_in_the_queue():
+    class Upload(bytes):
+        """Bytes that can be counted."""
+
+    async def leave():
+        jobs = [asyncio.create_task(decoding.decoder.decode(Upload(20))) for _ in range(8)]
+        await asyncio.sleep(0.05)
+        for job in jobs:
+            job.cancel()
+        await asyncio.wait(jobs)
+        jobs.clear()
+        del job
+        gc.collect()
+        return sum(type(thing) is Upload for thing in gc.get_objects())
+
+    decoding = Decoding(children=1)
+    try:
+        os.kill(decoding.children[0], signal.SIGSTOP)
+        assert decoding.runner.run(leave()) <= 1, "but for the one that is being decoded"
+    finally:
+        decoding.close()
+
+
+@pytest.mark.parametrize("where", ["decode", "start"])
+def test_an_accident_of_the_gateway_costs_one_image(monkeypatch, where):
+    good = encoded(Image.fromarray(SCENE))
+    decoding = Decoding(children=1)
+    whole = getattr(images._Child, where)
+    failed = []
+
+    async def once(*args):
+        if not failed:
+            failed.append(args)
+            raise MemoryError
+        return await whole(*args)
+
+    try:
+        if where == "start":
+            os.kill(decoding.children[0], signal.SIGKILL)
+            time.sleep(0.1)
+        monkeypatch.setattr(images._Child, where, once)
+        with pytest.raises(EPDError):
+            decoding.runner.run(asyncio.wait_for(decoding.decoder.decode(good), 5))
+        pixels = decoding.runner.run(asyncio.wait_for(decoding.decoder.decode(good), 20))
+        assert (pixels.width, pixels.height) == (48, 32)
+        assert len(failed) == 1
     finally:
         decoding.close()
 

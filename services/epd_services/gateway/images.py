@@ -176,7 +176,10 @@ class ImageDecoder:
             self._jobs.put_nowait(job)
         except asyncio.QueueFull:
             raise CapacityError("Too many images wait to be decoded.") from None
-        return await job.result
+        try:
+            return await job.result
+        finally:
+            job.data = b""  # who left is skipped in the queue, and its bytes are counted no more
 
     async def _serve(self, child: _Child | None) -> None:
         try:
@@ -200,7 +203,9 @@ class ImageDecoder:
             await child.kill()
         try:
             return await _Child.start(self._limits)
-        except (OSError, EPDError):
+        except Exception as error:
+            if not isinstance(error, OSError | EPDError):
+                _log.exception("image_child_failed")
             _fail(job, UnavailableError("The image decoder does not start."))
             return None
 
@@ -222,6 +227,11 @@ class ImageDecoder:
         except asyncio.CancelledError:
             _fail(job, UnavailableError("The service is stopping."))
             raise
+        except Exception:
+            # without this loop the images that follow would wait for ever
+            _log.exception("image_decode_failed")
+            outcome, in_step = "failed", False
+            _fail(job, EPDError("the image could not be decoded"))
         self._observe(time.perf_counter() - began, outcome)
         return in_step
 
