@@ -10,13 +10,20 @@ import socket
 import ssl
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import pytest
 from PIL import Image
 
-from epd.errors import MediaError
-from epd_services.gateway.fetch import FetchLimits, ImageFetcher, is_public, parse_url
+from epd.errors import CapacityError, MediaError
+from epd_services.gateway.fetch import (
+    FetchLimits,
+    ImageFetcher,
+    is_public,
+    parse_url,
+    resolve,
+)
 
 LOOPBACK = ipaddress.ip_address("127.0.0.1")
 
@@ -267,6 +274,23 @@ def test_a_silent_name_server_runs_out_of_time():
     assert "in time" in refused("http://name.example/", resolver=silent, seconds=0.2)
 
 
+def test_names_that_resolve_slowly_hold_up_nobody_elses_threads():
+    async def scenario():
+        everybodys = ThreadPoolExecutor(1)
+        asyncio.get_running_loop().set_default_executor(everybodys)
+        let_go = threading.Event()
+        busy = asyncio.create_task(asyncio.to_thread(let_go.wait, 10))
+        await asyncio.sleep(0)
+        try:
+            async with asyncio.timeout(3):
+                assert await resolve("127.0.0.1", 80) == ["127.0.0.1"]
+        finally:
+            let_go.set()
+            await busy
+
+    asyncio.run(scenario())
+
+
 def test_a_name_server_that_fails():
     async def failing(host, port):
         raise socket.gaierror("no such host")
@@ -351,6 +375,19 @@ def test_through_the_gateway(start_gateway):
         assert asking(f"http://name.example:{other.port}/a.png").status_code == 400
     (image,) = gateway.dispatcher.generations[-1].submission.images
     assert image.rgb == bytes((9, 8, 7)) * 24
+
+
+def test_fetched_bytes_count_as_data_in_flight(start_gateway):
+    limits = FetchLimits(ports=tuple(range(1, 65536)))
+    fetcher = ImageFetcher(limits, resolver=Names(["127.0.0.1"]), allow=loopback_allowed)
+    gateway = start_gateway(fetcher=fetcher, intake_bytes=1 << 20)
+    with site(ok(bytes(2 << 20))) as server:
+        url = f"http://name.example:{server.port}/"
+        answer = gateway.ask([{"type": "image_url", "image_url": {"url": url}}])
+    assert answer.status_code == CapacityError.status
+    assert answer.json()["error"]["code"] == CapacityError.code
+    pipeline = gateway.get("/v1/pipeline").json()
+    assert pipeline["gateway"]["intake_bytes"] == 0
 
 
 def test_off_by_default_and_guarded_when_on(start_gateway):

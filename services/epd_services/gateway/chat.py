@@ -165,7 +165,8 @@ class ChatService:
                 task.cancel()
 
     async def _pixels(self, url: str, call: Call) -> ImagePixels:
-        data = await image_bytes(url, self._settings.max_image_bytes, self._fetcher)
+        limit = self._settings.max_image_bytes
+        data = await image_bytes(url, limit, self._fetcher, call.lease.take)
         pixels = await self._decoder.decode(data)
         call.lease.take(len(pixels.rgb))
         return pixels

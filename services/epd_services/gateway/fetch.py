@@ -12,7 +12,9 @@ import re
 import socket
 import ssl
 from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from urllib.parse import urlsplit
 
 import httpx
@@ -43,6 +45,7 @@ _TYPES = frozenset(
 )
 # these carry another address inside; the packet may end up there
 _TRANSLATED = tuple(ipaddress.IPv6Network(text) for text in ("2002::/16", "2001::/32"))
+_RESOLVING = ThreadPoolExecutor(8, thread_name_prefix="resolve")
 _GLOBAL_UNICAST = ipaddress.IPv6Network("2000::/3")
 
 
@@ -117,7 +120,10 @@ def is_public(address: Address) -> bool:
 
 async def resolve(host: str, port: int) -> list[str]:
     """Every address the system resolver knows for `host`."""
-    found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    # in threads of its own: whoever runs a slow name server must not hold those of everybody
+    found = await asyncio.get_running_loop().run_in_executor(
+        _RESOLVING, partial(socket.getaddrinfo, host, port, type=socket.SOCK_STREAM)
+    )
     return [str(entry[4][0]) for entry in found]
 
 
@@ -137,13 +143,16 @@ class ImageFetcher:
         self._allow = allow
         self._tls = tls
 
-    async def fetch(self, url: str) -> bytes:
-        """The body behind `url`. Raises `MediaError`, always within the time limit."""
+    async def fetch(self, url: str, take: Callable[[int], None] = lambda _: None) -> bytes:
+        """The body behind `url`. Raises `MediaError`, always within the time limit.
+
+        `take` is told the size of each piece as it comes, and may refuse it.
+        """
         parts = parse_url(url)
         self._check_policy(parts)
         try:
             async with asyncio.timeout(self._limits.seconds):
-                return await self._get(parts, await self._pin(parts))
+                return await self._get(parts, await self._pin(parts), take)
         except TimeoutError:
             raise MediaError("The image URL did not answer in time.", _PARAM) from None
         except (httpx.HTTPError, httpx.InvalidURL, OSError, ValueError):
@@ -167,7 +176,7 @@ class ImageFetcher:
             raise MediaError("The image URL's host is not a public address.", _PARAM)
         return addresses[0]
 
-    async def _get(self, url: ImageURL, address: Address) -> bytes:
+    async def _get(self, url: ImageURL, address: Address, take: Callable[[int], None]) -> bytes:
         host = f"[{address}]" if address.version == 6 else str(address)
         request = httpx.Request(
             "GET",
@@ -180,7 +189,7 @@ class ImageFetcher:
             response = await direct.handle_async_request(request)
             try:
                 self._check_head(response)
-                return await self._read(response)
+                return await self._read(response, take)
             finally:
                 await response.aclose()
 
@@ -200,12 +209,13 @@ class ImageFetcher:
         if media.split(";")[0].strip().lower() not in _TYPES:
             raise MediaError("The image URL did not answer with an image.", _PARAM)
 
-    async def _read(self, response: httpx.Response) -> bytes:
+    async def _read(self, response: httpx.Response, take: Callable[[int], None]) -> bytes:
         body = bytearray()
         async for chunk in response.aiter_raw():
-            body += chunk
-            if len(body) > self._limits.max_bytes:
+            if len(body) + len(chunk) > self._limits.max_bytes:
                 raise MediaError("The image has too many bytes.", _PARAM)
+            take(len(chunk))
+            body += chunk
         return bytes(body)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import binascii
 import re
+from collections.abc import Callable
 
 from epd.errors import MediaError
 from epd_services.gateway.fetch import ImageFetcher
@@ -33,8 +34,10 @@ def parse_data_url(url: str, max_bytes: int) -> bytes:
     return data
 
 
-async def image_bytes(url: str, max_bytes: int, fetcher: ImageFetcher | None) -> bytes:
-    """The encoded image behind `url`. Raises `MediaError`."""
+async def image_bytes(
+    url: str, max_bytes: int, fetcher: ImageFetcher | None, take: Callable[[int], None]
+) -> bytes:
+    """The encoded image behind `url`; what is fetched is counted by `take`. Raises `MediaError`."""
     if url[:5].lower() == "data:":
         return parse_data_url(url, max_bytes)
     if url[:4].lower() == "http":
@@ -43,5 +46,5 @@ async def image_bytes(url: str, max_bytes: int, fetcher: ImageFetcher | None) ->
                 "Image URLs are not fetched here; send the image itself as a base64 data URL.",
                 _PARAM,
             )
-        return await fetcher.fetch(url)
+        return await fetcher.fetch(url, take)
     raise MediaError("The image URL must be a data, http or https URL.", _PARAM)
