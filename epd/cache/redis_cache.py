@@ -20,6 +20,7 @@ from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from epd.cache.base import HEADER_BYTES, CachedTokens, CacheStats, pack_entry, unpack_entry
 from epd.cache.breaker import Breaker
+from epd.cache.replies import bytes_reply, int_reply
 from epd.cache.sweep import sweep
 
 if TYPE_CHECKING:
@@ -107,7 +108,7 @@ class RedisCache:
             pipe = self._client.pipeline(transaction=False)
             for key in keys:
                 pipe.execute_command("EXISTS", self._value_name(key))
-            return [reply == 1 for reply in await pipe.execute()]
+            return [reply == 1 for _, reply in zip(keys, await pipe.execute(), strict=True)]
 
         found = await self._call(ask, [False] * len(keys)) if keys else []
         return [there or key in self._queue for key, there in zip(keys, found, strict=True)]
@@ -289,13 +290,12 @@ class RedisCache:
                 raise length
             return 0, _UNUSABLE
         # what someone else left under our key may be of any size
-        return (length, head) if length <= self._max_entry_bytes else (0, _UNUSABLE)
+        fits = int_reply(length) <= self._max_entry_bytes
+        return (length, bytes_reply(head)) if fits else (0, _UNUSABLE)
 
     async def _range(self, name: str, start: int) -> bytes:
-        part: bytes = await self._client.execute_command(
-            "GETRANGE", name, start, start + _CHUNK_BYTES - 1
-        )
-        return part
+        span = (start, start + _CHUNK_BYTES - 1)
+        return bytes_reply(await self._client.execute_command("GETRANGE", name, *span))
 
     async def _unpack(self, key: str, parts: list[bytes]) -> CachedTokens | None:
         size = sum(map(len, parts))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from epd.cache.replies import scan_reply
+
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
@@ -16,13 +18,14 @@ async def sweep(
     call: Callable[..., Awaitable[Any]], pattern: str, *, remove: bool = False
 ) -> int | None:
     """How many keys match the glob `pattern`, after unlinking them if `remove`; None when `call`,
-    which runs one command, got no answer.
+    which runs one command, got no answer, or one that no server gives.
     """
-    cursor: Any = b"0"
+    cursor = 0
     found: set[bytes] = set()
+    seen: set[int] = set()
     while True:
-        page = await call("SCAN", cursor, "MATCH", pattern, "COUNT", _PAGE)
-        if page is None:
+        page = scan_reply(await call("SCAN", cursor, "MATCH", pattern, "COUNT", _PAGE))
+        if page is None or page[0] in seen:  # no cursor comes twice
             return None
         cursor, names = page
         # a key may show up on several pages while the table is resized
@@ -30,5 +33,6 @@ async def sweep(
         found.update(fresh)
         if remove and fresh and await call("UNLINK", *fresh) is None:
             return None
-        if int(cursor) == 0:
+        if cursor == 0:
             return len(found)
+        seen.add(cursor)
