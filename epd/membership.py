@@ -65,6 +65,7 @@ class Membership:
         self.closed: dict[str, int] = {}
         self.leaving: dict[str, StageSet] = {}
         self.stale_epochs = 0
+        self._refused_at: dict[str, float] = {}
         self._fenced: dict[str, tuple[int, int]] = {}
         self._revision = revision
         self._clock = clock
@@ -81,6 +82,7 @@ class Membership:
             return []
         if refusal := self._refusal(name, parse_stages(envelope.stages), beat):
             self.refused[name] = refusal
+            self._refused_at[name] = self._clock()
             return self.lost(name)
         known = self.workers.get(name)
         life = (envelope.incarnation, envelope.epoch)
@@ -99,7 +101,7 @@ class Membership:
             self._fenced.pop(name, None)
         if self.closed.get(name) != envelope.incarnation:
             self.closed.pop(name, None)
-        self.refused.pop(name, None)
+        self._forget_refused(name)
         self.workers[name] = WorkerView(
             worker_id=name,
             incarnation=envelope.incarnation,
@@ -154,6 +156,7 @@ class Membership:
     def left(self, name: str, incarnation: int) -> list[tuple[Change, str]]:
         """Record an orderly farewell; later heartbeats of that life are ignored."""
         self._left[name] = incarnation
+        self._forget_refused(name)
         known = self.workers.get(name)
         return self.lost(name) if known and known.incarnation == incarnation else []
 
@@ -172,7 +175,14 @@ class Membership:
             worker.last_seen = min(now, worker.last_seen + stall)
             if now - worker.last_seen > self._dead_after:
                 changes += self.lost(worker.worker_id)
+        for name, heard in list(self._refused_at.items()):
+            if now - heard > self._dead_after + stall:
+                self._forget_refused(name)
         return changes
+
+    def _forget_refused(self, name: str) -> None:
+        self.refused.pop(name, None)
+        self._refused_at.pop(name, None)
 
     def hosting(self, stage: Stage) -> list[WorkerView]:
         """The live workers of a stage that may get work, by name; those that end only when there

@@ -125,6 +125,24 @@ def test_a_worker_of_another_model_is_refused_and_named() -> None:
     assert heard(members, revision="other") == [(Change.LOST, "a")]
 
 
+def test_a_refused_worker_is_forgotten_when_it_falls_silent_or_leaves() -> None:
+    clock = Clock()
+    members = Membership("r", clock, dead_after=1.0)
+    for name in ("a", "b"):
+        heard(members, name, revision="other")
+    members.left("b", 1)
+    assert list(members.refused) == ["a"]
+    for _ in range(3):
+        clock.now += 0.24
+        heard(members, "a", revision="other")
+        members.expire()
+    assert list(members.refused) == ["a"]
+    for _ in range(6):
+        clock.now += 0.24
+        members.expire()
+    assert members.refused == {}
+
+
 def test_a_farewell_ends_one_life_only() -> None:
     members = Membership("r", Clock())
     heard(members, life=1)
