@@ -149,6 +149,28 @@ def test_others_are_heard_while_much_is_checked_and_each_sender_in_order() -> No
     asyncio.run(run())
 
 
+@pytest.mark.parametrize("size", [0, 1 << 10, 5 << 20])
+def test_keyed_messages_travel_over_tcp(size: int) -> None:
+    async def run() -> None:
+        sockets = [ZmqTransport("tcp://127.0.0.1:*", keyed=True) for _ in range(2)]
+        a, b = (Node(Identity(n, 1), t, Codec(KEY)) for n, t in zip("ab", sockets, strict=True))
+        a.know([PeerInfo("b", b.address, "D", 0, 1)])
+        b.know([PeerInfo("a", a.address, "P", 0, 1)])
+        heard: asyncio.Queue[list[bytes]] = asyncio.Queue()
+        b.on(KVBlocks, lambda _, __, blobs: heard.put_nowait([bytes(one.data) for one in blobs]))
+        data = [bytes([n]) * size for n in range(3)]
+        blobs = await a.sealed([Blob("uint8", (size,), one) for one in data])
+        assert a.post("b", KVBlocks(request_id="r", attempt=0), blobs)
+        task = asyncio.create_task(b.run())
+        async with asyncio.timeout(10):
+            assert await heard.get() == data
+        task.cancel()
+        for node in (a, b):
+            node.close()
+
+    asyncio.run(run())
+
+
 def test_much_that_was_tampered_with_costs_one_message() -> None:
     async def run() -> None:
         pair = KeyedPair()
