@@ -55,9 +55,14 @@ def _share(told: dict[str, int]) -> str:
     return f"{told['right'] / told['asked']:.3f}"
 
 
+_OFFLINE_RUNS = {
+    "": "bf16", "pruned_": "Script, 64 of 576", "w4a8_": "W4A8-FP8, INT4 KV", "all_": "all three",
+}  # fmt: skip
+
+
 def _offline() -> str:
     """The runs side by side; each has the same rows."""
-    runs = [_rows(f"bench/offline_{name}h200.csv") for name in ("", "w4a8_", "eager_")]
+    runs = [_rows(f"bench/offline_{name}h200.csv") for name in _OFFLINE_RUNS]
     told = ["metric", "images", "batch", "requests", "output_tokens"]
     cells = [
         [*(row[name] for name in told), *(same["value"] for same in rows), row["unit"]]
@@ -65,7 +70,7 @@ def _offline() -> str:
         for rows in [[_same(run, row, told) for run in runs]]
     ]
     header = ["measure", "images", "batch", "requests", "output tokens",
-              "bf16", "W4A8-FP8, INT4 KV", "bf16, no recorded steps", "unit"]  # fmt: skip
+              *_OFFLINE_RUNS.values(), "unit"]  # fmt: skip
     return "".join(_measured(run[0]) for run in runs) + _markdown(header, cells)
 
 
@@ -81,10 +86,27 @@ def _roles() -> str:
     return _measured(rows[0]) + _markdown(list(columns.values()), cells)
 
 
+def _switches_gpu() -> str:
+    """What the switches took, then what the requests saw."""
+    rows = _rows("bench/switches_h200.csv")
+    columns = {"worker": "worker", "change": "switch", "drain_s": "drain s",
+               "unload_s": "unload s", "load_s": "load s", "total_s": "seconds"}  # fmt: skip
+    load = {"under": "load", "requests": "requests", "requests_per_s": "answers/s", "lost": "lost",
+            "duplicate": "doubled", "wrong": "wrong", "refused": "errors", "retries": "retries",
+            "ttft_p50_ms": "TTFT p50 ms", "ttft_p99_ms": "TTFT p99 ms",
+            "tpot_p50_ms": "TPOT p50 ms", "tpot_p99_ms": "TPOT p99 ms"}  # fmt: skip
+    tables = [
+        _markdown(list(told.values()),
+                  [[_rounded(row[name]) for name in told] for row in rows if row["row"] == kind])
+        for kind, told in (("switch", columns), ("load", load))
+    ]  # fmt: skip
+    return _measured(rows[0]) + "\n".join(tables)
+
+
 def _rounded(value: str) -> str:
-    """Seconds to the millisecond; what is no small number stays as it is."""
+    """Seconds to the millisecond; what is no small fraction stays as it is."""
     try:
-        return f"{float(value):.3f}" if float(value) < 1 else value
+        return f"{float(value):.3f}" if "." in value and float(value) < 1 else value
     except ValueError:
         return value
 
@@ -298,6 +320,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "pruning_headlines": _pruning_headlines,
     "prefill": _prefill,
     "selection": _selection,
+    "switches_gpu": _switches_gpu,
     "serving": _serving,
     "simulated_shift": _simulated_shift,
     "simulated_shapes": _simulated_shapes,
