@@ -119,4 +119,3 @@ def _launch(x: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Te
     if len(x):
         _quantize_kernel[(len(x),)](x, *target.pointers, x.stride(0), **target.options)
     return target.codes, target.scales
-

@@ -64,7 +64,8 @@ def test_norm_at_the_start_of_the_stream(eight, backend):
 @pytest.mark.parametrize("eight", EIGHT, ids=str)
 @pytest.mark.parametrize(
     "shape",
-    [(0, 64), (1, 1), (1, 100), (17, 256), (63, 48), (1, 9001), (2, 5000), (5, 2100)], ids=str,
+    [(0, 64), (1, 1), (1, 100), (17, 256), (63, 48), (1, 9001), (2, 5000), (5, 2100)],
+    ids=str,
 )
 def test_silu_mul_then_quantise(shape, eight, backend):
     product, quantize = backend.op("silu_mul", "silu_mul"), backend.op("activations", EIGHT[eight])
