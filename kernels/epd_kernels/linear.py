@@ -36,7 +36,7 @@ class Scheme(Enum):
 _WIDENED_FROM = 512
 # but between so many tokens folding scales into the FP8 operand is, from so many outputs in all on:
 # fewer would not fill the device with wide tiles, and widening needs no tiles of ours
-_FOLDED_BEYOND, _FOLDED_BELOW = 64, 1024
+_FOLDED_BEYOND, _FOLDED_UP_TO = 64, 640
 _FOLDED_OUTPUTS, _FOLDED_NOT_WIDENED = 1 << 21, 1 << 22
 _EIGHT_BIT = {Scheme.W4A8_FP8: torch.float8_e4m3fn, Scheme.W4A8_INT8: torch.int8}
 _QUANTIZE = {Scheme.W4A8_FP8: quantize_fp8, Scheme.W4A8_INT8: quantize_int8}
@@ -56,7 +56,7 @@ class QuantLinear(nn.Module):
 
     On a GPU this is one packed GEMM over a weight in tiles; from 2^21 outputs on W4A8-FP8 folds
     group scales into the weight as it is decoded, where groups have 128 inputs and no zeros. From
-    512 tokens on (1,024 where folding has 2^22 outputs to fill the device with) the weight is
+    512 tokens on (641 where folding has 2^22 outputs to fill the device with) the weight is
     widened instead, to FP8 or for W4A16 to 16 bits, for the length of the call (N * K elements),
     and the vendor multiplies; W4A8-INT8 stays with the packed GEMM.
     On a CPU the weight is unpacked at first use and kept: as int8 codes for W4A8-INT8 with one
@@ -150,7 +150,7 @@ class QuantLinear(nn.Module):
         """Whether folding is the faster way to multiply so many tokens."""
         outputs = tokens * self.out_features
         if tokens >= _WIDENED_FROM:
-            return tokens < _FOLDED_BELOW and outputs >= _FOLDED_NOT_WIDENED
+            return tokens <= _FOLDED_UP_TO and outputs >= _FOLDED_NOT_WIDENED
         return tokens > _FOLDED_BEYOND and outputs >= _FOLDED_OUTPUTS
 
     def _is_widened(self, codes: torch.Tensor) -> bool:
