@@ -119,7 +119,7 @@ def test_no_request_needs_a_kernel_that_was_not_run(halves: Halves, launches: La
     assert launches.programs() == {128, 256, 512}
     warm, source = set(launches.seen), random.Random(3)
     launches.seen.clear()
-    served = [method for _ in range(100) for method in halves.serve(source)]
+    served = [method for _ in range(60) for method in halves.serve(source)]
     assert set(served) >= set(available("token"))
     assert launches.seen - warm == set()
     assert len(warm) <= 20

@@ -15,7 +15,7 @@ from epd_services.gateway.schemas import ChatRequest
 
 MARK = "zq-mark-zq"
 BOUNDED = settings(
-    max_examples=400, deadline=None, derandomize=True, database=None,
+    max_examples=200, deadline=None, derandomize=True, database=None,
     suppress_health_check=list(HealthCheck),
 )  # fmt: skip
 
@@ -80,7 +80,7 @@ def test_generated_objects(target, body):
     check(target, json.dumps(body).encode())
 
 
-@settings(BOUNDED, max_examples=200)
+@settings(BOUNDED, max_examples=120)
 @given(st.binary(max_size=200) | st.text(max_size=100).map(lambda t: t.encode()))
 def test_generated_bytes(target, raw):
     check(target, raw)
@@ -92,7 +92,7 @@ VALID = json.dumps(
 ).encode()  # fmt: skip
 
 
-@settings(BOUNDED, max_examples=200)
+@settings(BOUNDED, max_examples=120)
 @given(st.lists(st.tuples(st.integers(0, len(VALID) - 1), st.integers(0, 255)), max_size=4))
 def test_mutated_bytes(target, changes):
     raw = bytearray(VALID)

@@ -325,7 +325,7 @@ def test_long_answers_go_on_at_a_peer_when_the_drain_is_short(
     no_leaks(operator)
 
 
-@pytest.mark.parametrize("phase", ["drain", "commit"])
+@pytest.mark.parametrize("phase", ["drain", pytest.param("commit", marks=pytest.mark.slow)])
 def test_killing_the_switching_worker_loses_nothing(
     operator: Operator, questions: Any, phase: str
 ) -> None:
