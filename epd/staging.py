@@ -14,7 +14,7 @@ import torch
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = ["HostArray", "Layout", "send", "send_all"]
+__all__ = ["HostArray", "Layout", "read_back", "send", "send_all"]
 
 HostArray = np.ndarray[Any, np.dtype[Any]]
 

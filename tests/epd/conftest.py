@@ -1,7 +1,8 @@
-"""A scheduler without a model, and a toy decoder pruned between its layers, for several tests."""
+"""A scheduler without a model, a toy decoder pruned between its layers, a watched compiler."""
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -262,3 +263,17 @@ class LayerBench:
 def layer_bench() -> LayerBench:
     """One for all: it holds nothing but constants and a cache."""
     return LayerBench()
+
+
+@pytest.fixture
+def compiled() -> Iterator[list[str]]:
+    """What Triton compiles, or loads from its cache, as it happens."""
+    knobs = importlib.import_module("triton").knobs
+    names: list[str] = []
+
+    def note(**facts: Any) -> None:
+        names.append(facts["repr"])
+
+    before, knobs.runtime.jit_post_compile_hook = knobs.runtime.jit_post_compile_hook, note
+    yield names
+    knobs.runtime.jit_post_compile_hook = before

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -236,20 +235,6 @@ def test_a_later_core_compiles_nothing_and_records_as_it_goes(compiled: list[str
         _prompts(later)
         assert _steps(later, lambda chunks: None) == expected
     assert compiled == []
-
-
-@pytest.fixture
-def compiled() -> Iterator[list[str]]:
-    """What Triton compiles, or loads from its cache, as it happens."""
-    knobs = importlib.import_module("triton").knobs
-    names: list[str] = []
-
-    def note(**facts: Any) -> None:
-        names.append(facts["repr"])
-
-    before, knobs.runtime.jit_post_compile_hook = knobs.runtime.jit_post_compile_hook, note
-    yield names
-    knobs.runtime.jit_post_compile_hook = before
 
 
 @pytest.mark.parametrize(("scheme", "kv"), KINDS)

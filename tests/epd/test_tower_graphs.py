@@ -29,11 +29,15 @@ def pictures(count: int, seed: int = 0) -> list[np.ndarray[Any, np.dtype[np.uint
     return [source.integers(0, 256, (20 + 3 * n, 40, 3), dtype=np.uint8) for n in range(count)]
 
 
-def reusing(read: Any) -> Any:
-    """`read` with its results where those of the last such batch were, as a graph leaves them."""
+def reusing(read: Any, sizes: list[int]) -> Any:
+    """`read` with its results where those of the last such batch were, as a graph leaves them.
+
+    The images of each batch are noted in `sizes`.
+    """
     kept: dict[int, list[torch.Tensor]] = {}
 
     def run(pixels: torch.Tensor) -> list[torch.Tensor]:
+        sizes.append(len(pixels))
         fresh = read(pixels)
         for old, new in zip(kept.setdefault(len(pixels), fresh), fresh, strict=True):
             old.copy_(new)
@@ -55,16 +59,22 @@ def test_recorded_batches_give_what_the_tower_gives(
     images = pictures(11)
     counts = [1, 8, 2, 5, 9, 3, 11, 7, 1]
     expected = [encoder.encode_inputs(images[:n], NEEDS) for n in counts]
+    sizes: list[int] = []
     if device == "cpu":
-        monkeypatch.setattr(encoder, "_read", reusing(encoder._read))
+        monkeypatch.setattr(encoder, "_read", reusing(encoder._read, sizes))
     recorder = CalledAgain("cpu") if device == "cpu" else CudaGraphs(device)
     encoder.repeat_with(recorder, at_once=at_once)
+    recorded = len(sizes)
     # all are kept until the end: later batches must not reach into earlier ones
     found = [encoder.encode_inputs(images[:n], NEEDS) for n in counts]
     for batch, other in zip(expected, found, strict=True):
         for one, two in zip(batch, other, strict=True):
             for a, b in zip(fields(one), fields(two), strict=True):
                 torch.testing.assert_close(b, a, rtol=1e-5, atol=1e-5)
+    if device == "cpu" and at_once:  # padded to what is recorded, but for more than that
+        assert sizes[recorded:] == [1, 8, 2, 6, 9, 3, 11, 8, 1]
+    elif device == "cpu":  # once more whenever a batch is recorded
+        assert sizes == [1, 1, 8, 8, 2, 2, 6, 6, 9, 3, 3, 11, 8, 1]
     encoder.repeat_with(None)
     monkeypatch.undo()
     assert torch.allclose(encoder.encode(images)[3], expected[6][3].embeddings, atol=1e-5)

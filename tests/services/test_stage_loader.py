@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from epd.config import EngineConfig
 from epd.core import EngineCore
 from epd.demo import CHECKPOINT
 from epd.errors import CheckpointError, RoleError
+from epd.graphs import CalledAgain
 from epd.models.card import ModelCard
 from epd.models.decoder import Decoder
 from epd.models.vision import VisionEncoder
@@ -201,6 +203,35 @@ def test_graphs_are_a_setting(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("EPD_GRAPH_MEMORY_BYTES", "1000")
     engine = load_settings()[0].engine()
     assert (engine.cuda_graphs, engine.graph_memory_bytes) == (False, 1000)
+
+
+def test_recordings_of_the_tower_never_outlive_where_its_weights_lie(
+    card: ModelCard, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their kernels hold addresses: weights that rest or come back lie elsewhere."""
+    made: list[bool] = []
+    real = VisionEncoder.repeat_with
+
+    def repeat_with(self: VisionEncoder, recorder: Any, *, at_once: bool = True) -> None:
+        if recorder is not None:
+            made.append(at_once)
+        real(self, recorder, at_once=at_once)
+
+    monkeypatch.setattr(VisionEncoder, "repeat_with", repeat_with)
+    monkeypatch.setattr(
+        "epd_services.stage_loader.default_recorder", lambda *_, **__: CalledAgain("cpu")
+    )
+    loader = Counting(card, warm_bytes=1 << 30)
+    loader.load(parse_stages("E"))
+    encoder = loader.parts.encoder
+    assert isinstance(encoder, VisionEncoder) and encoder._graphs is not None
+    first = encoder._graphs
+    loader.unload(parse_stages("D"))
+    assert encoder._graphs is None
+    loader.load(parse_stages("E"))
+    assert encoder._graphs is not None and encoder._graphs is not first
+    loader.load(parse_stages("EPD"))  # nothing moved
+    assert made == [True, False]
 
 
 def test_choosing_is_warmed_up_once_for_each_half(
