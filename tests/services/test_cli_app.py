@@ -180,7 +180,7 @@ def test_what_nobody_foresaw_ends_with_one() -> None:
         "import sys; sys.argv = ['epd', 'config', 'show']\n"
         "import epd_services.cli.app as a\n"
         "def broken(*_): raise RuntimeError('surprise')\n"
-        "a._lazy = broken\na.main()"
+        "a.lazy = broken\na.main()"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 1

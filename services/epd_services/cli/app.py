@@ -7,19 +7,27 @@ from __future__ import annotations
 
 import os
 import sys
-from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
 from epd.errors import EPDError
 from epd_services.cli.admin import admin_app
+from epd_services.cli.model_commands import calibrate, evaluate, quantize
+from epd_services.cli.options import (
+    KV,
+    Config,
+    Device,
+    Dtype,
+    Json,
+    Model,
+    Topology,
+    exit_with,
+    lazy,
+)
 from epd_services.cli.terminal import three_lines
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 __all__ = ["app", "main"]
 
@@ -47,27 +55,6 @@ config_app = typer.Typer(no_args_is_help=True, help="The settings: what they are
 app.add_typer(config_app, name="config")
 app.add_typer(admin_app, name="admin")
 
-Config = Annotated[Path | None, typer.Option("--config", help="TOML file with settings.")]
-Json = Annotated[bool, typer.Option("--json", help="One JSON document on standard output.")]
-Model = Annotated[str | None, typer.Argument(help="Directory or hub id; none: the built-in model.")]
-Topology = Annotated[
-    str | None, typer.Option(help="Workers by stages, like 1E1P1D, 2E1PD or 1EPD.")
-]
-Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N.")]
-Dtype = Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16.")]
-KV = Annotated[str | None, typer.Option("--kv", help="Keys and values: bf16, fp8, int4 or auto.")]
-
-
-def _lazy(module: str, name: str) -> Callable[..., Any]:
-    """A function of a room that is imported only now."""
-    found: Callable[..., Any] = getattr(import_module(f"epd_services.{module}"), name)
-    return found
-
-
-def _exit(code: int) -> None:
-    if code:
-        raise typer.Exit(code)
-
 
 @app.command()
 def serve(
@@ -93,8 +80,8 @@ def serve(
 ) -> None:
     """Start everything on this machine and print the URL, a curl line and where the logs are."""
     flags = {name: value for name, value in locals().items() if name != "config"}
-    settings, _ = _lazy("settings", "load_settings")(config, **flags)
-    _exit(_lazy("cli.serve", "serve")(settings))
+    settings, _ = lazy("settings", "load_settings")(config, **flags)
+    exit_with(lazy("cli.serve", "serve")(settings))
 
 
 @app.command()
@@ -118,9 +105,9 @@ def worker(
     stages = parse_stages(roles)
     flags = {"model": model, "bind": bind, "advertise": advertise, "device": device,
              "dtype": dtype, "kv": kv, "gateway_address": gateway_address}  # fmt: skip
-    settings, _ = _lazy("settings", "load_settings")(config, **flags)
+    settings, _ = lazy("settings", "load_settings")(config, **flags)
     given = name or f"{format_stages(stages).lower()}-{os.uname().nodename}"[:64]
-    _exit(_lazy("worker_process", "run_worker")(settings, given, stages))
+    exit_with(lazy("worker_process", "run_worker")(settings, given, stages))
 
 
 @app.command()
@@ -133,8 +120,8 @@ def gateway(
 ) -> None:
     """Run the gateway alone. Everything can come from EPD_… variables, as in a container."""
     flags = {"model": model, "host": host, "port": port, "bind": bind}
-    settings, _ = _lazy("settings", "load_settings")(config, **flags)
-    _exit(_lazy("gateway.process", "run_gateway")(settings))
+    settings, _ = lazy("settings", "load_settings")(config, **flags)
+    exit_with(lazy("gateway.process", "run_gateway")(settings))
 
 
 @app.command()
@@ -152,7 +139,7 @@ def ask(
     as_json: Json = False,
 ) -> None:
     """Ask about pictures; without a server the built-in model answers in this process."""
-    _exit(_lazy("cli.ask", "ask")(
+    exit_with(lazy("cli.ask", "ask")(
         parts, url=url, stream=stream, max_tokens=max_tokens, api_key=api_key, as_json=as_json
     ))  # fmt: skip
 
@@ -160,13 +147,13 @@ def ask(
 @app.command()
 def doctor(config: Config = None, as_json: Json = False) -> None:
     """Check this machine and these settings; exit code 1 if something will not work."""
-    _exit(_lazy("cli.doctor", "doctor")(config, as_json=as_json))
+    exit_with(lazy("cli.doctor", "doctor")(config, as_json=as_json))
 
 
 @config_app.command("show")
 def config_show(config: Config = None, as_json: Json = False) -> None:
     """Every setting, its value and where it comes from: flag, env, file or default."""
-    _lazy("cli.settings_table", "show")(config, as_json=as_json)
+    lazy("cli.settings_table", "show")(config, as_json=as_json)
 
 
 @config_app.command("validate")
@@ -174,7 +161,7 @@ def config_validate(
     file: Annotated[Path, typer.Argument(help="TOML file with settings.")], as_json: Json = False
 ) -> None:
     """Check a TOML file: known keys, values in range, a possible topology."""
-    _lazy("cli.settings_table", "validate")(file, as_json=as_json)
+    lazy("cli.settings_table", "validate")(file, as_json=as_json)
 
 
 @app.command()
@@ -192,7 +179,7 @@ def demo(
     ] = None,
 ) -> None:
     """Serve the built-in model, ask it about pictures it has never seen, show what happened."""
-    _exit(_lazy("demo", "demo")(
+    exit_with(lazy("demo", "demo")(
         questions=questions, topology=topology or "1E1P1D", out=out, seed=seed,
         json_file=json_file, multi=multi, concurrency=concurrency,
     ))  # fmt: skip
@@ -227,7 +214,7 @@ def bench(
 ) -> None:
     """Measure the services of this machine beside transformers, or (--offline) the engine alone."""
     if offline is not None:
-        _lazy("offline_bench", "run_from_cli")(
+        lazy("offline_bench", "run_from_cli")(
             offline, random_weights=random_weights, out=out, device=device, dtype=dtype, seed=seed,
             kv=kv, quantize=quantize_to, pruning=pruning,
         )  # fmt: skip
@@ -235,12 +222,12 @@ def bench(
     given = {"output_tokens": output_tokens, "repeat_images": repeat_images, "seed": seed,
              "out": out, "device": device, "dtype": dtype}  # fmt: skip
     if switches:
-        _exit(_lazy("switch_bench", "switch_bench")(
+        exit_with(lazy("switch_bench", "switch_bench")(
             switches, rates=rates, topology=topologies or "2E2P2D", **given
         ))  # fmt: skip
         return
     topologies = topologies or "1EPD,1E1P1D"
-    _exit(_lazy("bench", "bench")(
+    exit_with(lazy("bench", "bench")(
         rates=rates or "2,6", requests=requests, topologies=topologies, **given
     ))  # fmt: skip
 
@@ -250,87 +237,12 @@ def simulate(
     out: Annotated[Path | None, typer.Option(help="CSV file for the rows.")] = None,
 ) -> None:
     """Try the elastic controller on simulated workers, beside static splits and a simpler rule."""
-    _exit(_lazy("elastic.report", "simulate_all")(out))
+    exit_with(lazy("elastic.report", "simulate_all")(out))
 
 
-@app.command("eval")
-def evaluate(
-    model: Model = None,
-    bench: Annotated[
-        str, typer.Option(help="scenes, or a directory with questions.jsonl and images.")
-    ] = "scenes",
-    methods: Annotated[
-        str, typer.Option(help="Comma-separated, like script[tau=0.5]+fastv; all: every one.")
-    ] = "all",
-    budgets: Annotated[str, typer.Option(help="Shares of the vision tokens.")] = "0.25,0.11,0.056",
-    questions: Annotated[int, typer.Option(min=1, max=100000)] = 1020,
-    seed: Annotated[int, typer.Option(min=0, max=2047, help="Which held-out set.")] = 1,
-    device: Device = None,
-    dtype: Dtype = None,
-    batch: Annotated[
-        int | None, typer.Option(min=1, max=4096, help="Questions in flight; none: by device.")
-    ] = None,
-    csv: Annotated[Path | None, typer.Option(help="Write the rows here.")] = None,
-    plot: Annotated[Path | None, typer.Option(help="Draw accuracy over budget (PNG).")] = None,
-    resume: Annotated[
-        Path | None, typer.Option(help="Journal of finished cells; taken up if it exists.")
-    ] = None,
-    as_json: Json = False,
-) -> None:
-    """Prune by every method at every budget and compare the answers with the dense run's."""
-    asked = _lazy("evaluation.command", "Evaluation")(
-        model=model, bench=bench, methods=methods, budgets=budgets, questions=questions, seed=seed,
-        device=device or "auto", dtype=dtype or "auto", batch=batch, csv=csv, plot=plot,
-        resume=resume, as_json=as_json,
-    )  # fmt: skip
-    _exit(_lazy("evaluation.command", "evaluate")(asked))
-
-
-@app.command()
-def calibrate(
-    model: Model = None,
-    out: Annotated[Path, typer.Option(help="Where the schedule is written.")] = Path(
-        "pruning_schedule.json"
-    ),
-    samples: Annotated[int, typer.Option(min=1, max=100000, help="Scenes to look at.")] = 340,
-    seed: Annotated[int, typer.Option(min=0, max=2047, help="Which held-out set.")] = 1001,
-    average: Annotated[
-        float, typer.Option(min=0.0, max=1.0, help="Share of the tokens a layer processes.")
-    ] = 0.25,
-    shares: Annotated[
-        str, typer.Option(help="What each stage keeps, in proportion; one stage each.")
-    ] = "133,27,3",
-    device: Device = None,
-) -> None:
-    """Find the layers after which AdaptInfer prunes this model, and write a schedule file."""
-    _exit(_lazy("evaluation.calibrate", "calibrate")(
-        model, out=out, samples=samples, seed=seed, average=average, shares=shares, device=device
-    ))  # fmt: skip
-
-
-@app.command()
-def quantize(
-    out: Annotated[Path, typer.Option("-o", "--out", help="A directory that is not there yet.")],
-    scheme: Annotated[str, typer.Option(help="w4a16, qqq, fireq or fp8.")],
-    kv: Annotated[str, typer.Option("--kv", help="Keys and values: bf16, fp8 or int4.")] = "bf16",
-    model: Model = None,
-    calib: Annotated[
-        str, typer.Option(help="scenes, or a directory of pictures and .txt questions.")
-    ] = "scenes",
-    samples: Annotated[int, typer.Option(min=1, max=4096)] = 64,
-    group_size: Annotated[int | None, typer.Option(help="32, 64, 128; 0: whole rows.")] = None,
-    nearest: Annotated[bool, typer.Option("--nearest", help="Only round: the baseline.")] = False,
-    rotate: Annotated[bool, typer.Option("--rotate", help="Hadamard-rotate the values.")] = False,
-    head: Annotated[
-        str | None, typer.Option(help="LM head: fp8 or bf16, as it is; none: fp8 for fireq, fp8.")
-    ] = None,
-    vision: Annotated[bool, typer.Option("--vision", help="The vision side as well.")] = False,
-) -> None:
-    """Quantise a model; started again, it goes on where it was stopped."""
-    _exit(_lazy("cli.quantize", "quantize")(
-        model, out, scheme=scheme, calib=calib, samples=samples, group_size=group_size,
-        nearest=nearest, rotate=rotate, kv=kv, head=head, vision=vision,
-    ))  # fmt: skip
+app.command("eval")(evaluate)
+app.command()(calibrate)
+app.command()(quantize)
 
 
 def main() -> None:
