@@ -135,9 +135,14 @@ def _spec(pruning: str | None) -> PruningSpec | None:
     try:
         return PruningSpec.parse(json.loads(pruning))
     except json.JSONDecodeError:
-        raise ConfigError('pruning is not JSON like {"method":"script","keep":64}') from None
+        raise _unprunable("It is not JSON.") from None
     except InvalidRequestError as error:
-        raise ConfigError(f"{error.param}: {error}") from None
+        raise _unprunable(f"{error.param}: {error}.") from None
+
+
+def _unprunable(why: str) -> ConfigError:
+    example = '--pruning \'{"method":"dpp","keep":64}\''
+    return ConfigError(f"Cannot prune as --pruning says.\n{why}\n{example}")
 
 
 def device_and_dtype(device: str, dtype: str) -> tuple[str, torch.dtype]:

@@ -163,13 +163,17 @@ class OfflinePipeline:
     def _check(self, pruning: PruningSpec, queries: QueryEncoder) -> None:
         if pruning.layer_method is not None:
             raise ConfigError(
-                "the offline benchmark prunes before the decoder only; "
-                "python -m epd_services.prefill_bench prunes inside it"
+                "Cannot prune inside the decoder here.\n"
+                "The offline benchmark prunes before it only.\n"
+                "python -m epd_services.prefill_bench CONFIG_DIR"
             )
         try:
             check_pruning(pruning, self.encoder, queries)
         except InvalidRequestError as error:
-            raise ConfigError(f"this pruning cannot be done with random weights: {error}") from None
+            raise ConfigError(
+                f"Cannot prune so with random weights.\n{error}.\n"
+                'add "params":{"query_encoder":"llm_embed_mean"} to --pruning'
+            ) from None
 
     def pictures(self, count: int) -> list[Image]:
         """Random pictures of 640 by 480, no two alike."""

@@ -171,6 +171,16 @@ def test_offline_bench_wants_to_hear_that_weights_are_random(tmp_path: Path) -> 
     assert "--random-weights" in refused("bench", "--offline", str(tmp_path))
 
 
+def test_bench_refuses_what_only_the_offline_one_measures() -> None:
+    said = refused("bench", "--pruning", "{}", "--kv", "int4")
+    assert "--kv, --pruning without --offline" in said
+
+
+def test_offline_bench_says_what_pruning_looks_like(tmp_path: Path) -> None:
+    said = refused("bench", "--offline", str(tmp_path), "--random-weights", "--pruning", "script")
+    assert "not JSON" in said and '{"method":"dpp","keep":64}' in said
+
+
 def test_bench_rates_must_be_numbers() -> None:
     assert "rates" in refused("bench", "--rates", "2,fast")
 

@@ -27,7 +27,7 @@ from epd_services.cli.options import (
     exit_with,
     lazy,
 )
-from epd_services.cli.terminal import three_lines
+from epd_services.cli.terminal import three_lines, usage_error
 
 __all__ = ["app", "main"]
 
@@ -219,6 +219,13 @@ def bench(
             kv=kv, quantize=quantize_to, pruning=pruning,
         )  # fmt: skip
         return
+    asked = {"--quantize": quantize_to, "--kv": kv, "--pruning": pruning}
+    if unused := [flag for flag, value in asked.items() if value is not None]:
+        raise usage_error(
+            f"Cannot take {', '.join(unused)} without --offline.",
+            "The services are measured as their settings say.",
+            "epd bench --offline CONFIG_DIR --random-weights, or set EPD_KV or EPD_PRUNING",
+        )
     given = {"output_tokens": output_tokens, "repeat_images": repeat_images, "seed": seed,
              "out": out, "device": device, "dtype": dtype}  # fmt: skip
     if switches:
